@@ -1,0 +1,290 @@
+"""The arithmetic a config must obey: one function a rule, yielding a line for each thing that breaks it.
+
+A rule's parameters name the sections it reads, so rules still run on the sections that parsed when another did not.
+Each line says what is wrong in numbers, which rule it breaks, and the nearest values that would work.
+"""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .schema import Batch, Data, Layout, Model, Optim, Run, Source
+
+Problems = Iterator[str]
+
+
+def problems(sections: Mapping[str, Any], partial: bool = False) -> list[str]:
+    """What is wrong with the sections at hand; empty means nothing is.
+
+    partial: sections may lack attributes (knobs that did not parse); a rule that reads one is passed over.
+    """
+    found: list[str] = []
+    for rule in RULES:
+        wanted = tuple(inspect.signature(rule).parameters)
+        if all(name in sections for name in wanted):
+            with contextlib.suppress(AttributeError) if partial else contextlib.nullcontext():
+                found += rule(*(sections[name] for name in wanted))
+    return found
+
+
+def near_multiples(value: int, divisor: int) -> str:
+    """The multiples of `divisor` on either side of `value`, as text."""
+    below, above = value // divisor * divisor, -(-value // divisor) * divisor
+    return f"{below} or {above}" if 0 < below != above else f"{above}"
+
+
+def near_divisors(value: int, wish: int, count: int = 2) -> str:
+    """The divisors of `value` nearest to `wish` by ratio, as text, smallest first."""
+    nearest = sorted(_divisors(value), key=lambda divisor: (abs(math.log(divisor / wish)), divisor))[:count]
+    return " or ".join(str(divisor) for divisor in sorted(nearest))
+
+
+def batch_division(micro: int, total: int, dp: int) -> str | None:
+    """Why a global batch of `total` sequences cannot be cut into micro-batches over `dp` ranks, or None."""
+    unit = micro * dp
+    if total % unit == 0:
+        return None
+    ways = [f"global {near_multiples(total, unit)}"]
+    if total % dp == 0:
+        ways.append(f"micro {near_divisors(total // dp, micro)}")
+    if total % micro == 0:
+        ways.append(f"dp {near_divisors(total // micro, dp)}")
+    return (
+        f"batch: global = {total} sequences cannot be cut into micro-batches of micro*dp = {micro}*{dp} = {unit} "
+        f"({total} % {unit} = {total % unit}); nearest: {', '.join(ways)}"
+    )
+
+
+def _divisors(value: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
+    return sorted({*small, *(value // d for d in small)})
+
+
+def _heads(model: "Model") -> Problems:
+    if model.head_dim == 0:
+        yield (
+            f"model: hidden = {model.hidden} is not a whole number of heads = {model.heads} "
+            f"({model.hidden} % {model.heads} = {model.hidden % model.heads}); nearest: "
+            f"hidden {near_multiples(model.hidden, model.heads)}, heads {near_divisors(model.hidden, model.heads)}, "
+            f"or set head_dim"
+        )
+    if model.heads % model.kv_heads:
+        yield (
+            f"model: heads = {model.heads} cannot share kv_heads = {model.kv_heads} evenly "
+            f"({model.heads} % {model.kv_heads} = {model.heads % model.kv_heads}); nearest: "
+            f"kv_heads {near_divisors(model.heads, model.kv_heads)}, "
+            f"heads {near_multiples(model.heads, model.kv_heads)}"
+        )
+
+
+def _ffn(model: "Model") -> Problems:
+    if model.ffn == 0:
+        nearest = -(-8 * model.hidden // 3 // 256) * 256
+        yield (
+            f"model: ffn is needed for family {model.family!r} (no rule gives it); the usual 8/3 * hidden = "
+            f"{8 * model.hidden / 3:.0f}, in multiples of 256, is {nearest}"
+        )
+
+
+def _positions(model: "Model") -> Problems:
+    if model.positions == "rope" and model.head_dim % 2:
+        yield (
+            f"model: head_dim = {model.head_dim} is odd, but rope turns features in pairs; nearest: head_dim "
+            f"{near_multiples(model.head_dim, 2)}"
+        )
+    scaling = model.rope_scaling
+    if scaling is None:
+        return
+    if model.positions != "rope":
+        yield f"model: rope_scaling needs positions = 'rope', but positions = {model.positions!r}; remove one"
+    if scaling.type != "llama3":
+        return
+    if scaling.original_context == 0:
+        yield (
+            f"model.rope_scaling: type 'llama3' needs original_context, the context of pretraining; context / factor "
+            f"= {model.context}/{scaling.factor:g} = {model.context / scaling.factor:g}"
+        )
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        yield (
+            f"model.rope_scaling: low_freq_factor = {scaling.low_freq_factor:g} must be below high_freq_factor = "
+            f"{scaling.high_freq_factor:g}; Llama 3.1 has 1 and 4"
+        )
+
+
+def _vocab(model: "Model") -> Problems:
+    if model.vocab == 1:
+        yield "model: vocab = 1 leaves nothing to predict; use 0 (that of the data's tokenizer) or at least 2"
+
+
+def _sequence(model: "Model", batch: "Batch") -> Problems:
+    if batch.seq_length > model.context:
+        yield (
+            f"batch: seq_length = {batch.seq_length} is longer than model.context = {model.context} positions; "
+            f"nearest: seq_length {model.context}, model.context {batch.seq_length}"
+        )
+
+
+def _stages(model: "Model", layout: "Layout") -> Problems:
+    chunks = layout.pp * layout.vpp
+    if layout.vpp > 1 and layout.pp == 1:
+        yield (
+            f"layout: vpp = {layout.vpp} chunks a rank need a pipeline to interleave in, but pp = 1; "
+            f"nearest: vpp 1, pp {next(d for d in [*_divisors(model.layers), 2] if d > 1)}"
+        )
+    if model.layers % chunks == 0:
+        return
+    ways = [f"model.layers {near_multiples(model.layers, chunks)}"]
+    if layout.vpp > 1 and model.layers % layout.pp == 0:
+        ways.append(f"pp={layout.pp} vpp {near_divisors(model.layers // layout.pp, layout.vpp)}")
+    ways.append(f"pp*vpp {near_divisors(model.layers, chunks)}")
+    yield (
+        f"layout: {model.layers} layers cannot be cut into pp*vpp = {layout.pp}*{layout.vpp} = {chunks} equal chunks "
+        f"({model.layers} % {chunks} = {model.layers % chunks}); nearest: {', '.join(ways)}"
+    )
+
+
+def _tensor(model: "Model", layout: "Layout") -> Problems:
+    tp = layout.tp
+    for name, value in (("heads", model.heads), ("ffn", model.ffn)):
+        if value % tp:
+            yield (
+                f"layout: tp = {tp} does not divide model.{name} = {value} ({value} % {tp} = {value % tp}); "
+                f"nearest: tp {near_divisors(value, tp)}, model.{name} {near_multiples(value, tp)}"
+            )
+    if model.kv_heads % tp and tp % model.kv_heads:
+        common = math.gcd(model.kv_heads, tp)
+        yield (
+            f"layout: tp = {tp} neither divides model.kv_heads = {model.kv_heads} nor is a multiple of it (then each "
+            f"would be held by several ranks); nearest: tp {near_divisors(model.kv_heads, tp)}, kv_heads "
+            f"{common if common > 1 else tp}"
+        )
+    if model.vocab_padded % tp:
+        yield (
+            f"layout: tp = {tp} does not divide the padded vocabulary {model.vocab_padded} (model.vocab = "
+            f"{model.vocab} rounded up to a multiple of 128; {model.vocab_padded} % {tp} = {model.vocab_padded % tp});"
+            f" nearest: tp {near_divisors(model.vocab_padded, tp)}"
+        )
+
+
+def _context(batch: "Batch", layout: "Layout") -> Problems:
+    # Rank i of cp holds the i-th slice from the front and from the back, so that causal work is even: 2*cp slices.
+    slices = 2 * layout.cp if layout.cp > 1 else 1
+    if batch.seq_length % slices:
+        yield (
+            f"layout: seq_length = {batch.seq_length} cannot be cut into 2*cp = {slices} equal slices "
+            f"({batch.seq_length} % {slices} = {batch.seq_length % slices}); nearest: batch.seq_length "
+            f"{near_multiples(batch.seq_length, slices)}"
+        )
+    elif layout.sequence_parallel and batch.seq_length // layout.cp % layout.tp:
+        local, unit = batch.seq_length // layout.cp, layout.tp
+        yield (
+            f"layout: sequence_parallel cuts {local} tokens a rank over tp = {unit} ({local} % {unit} = "
+            f"{local % unit}); nearest: batch.seq_length {near_multiples(batch.seq_length, slices * unit)}, "
+            f"sequence_parallel=false"
+        )
+
+
+def _batch(batch: "Batch", layout: "Layout") -> Problems:
+    if problem := batch_division(batch.micro, batch.global_, layout.dp or 1):
+        yield problem
+
+
+def _rate(optim: "Optim") -> Problems:
+    if optim.min_lr > optim.lr:
+        yield f"optim: min_lr = {optim.min_lr:g} is above lr = {optim.lr:g}; nearest: min_lr {optim.lr:g}, or 0"
+
+
+def _lengths(optim: "Optim", run: "Run") -> Problems:
+    warmup, decay, steps = optim.warmup_steps, optim.decay_steps, run.steps
+    if optim.schedule == "wsd" and decay == 0:
+        yield (
+            f"optim: schedule 'wsd' needs decay_steps, the length of its final decay; 10% to 20% of run.steps = "
+            f"{steps} is {max(1, steps // 10)} to {max(1, steps // 5)}"
+        )
+    if optim.schedule == "constant" and decay:
+        yield f"optim: schedule 'constant' has no decay, but decay_steps = {decay}; nearest: decay_steps 0"
+    if warmup + decay > steps:
+        yield (
+            f"optim: warmup_steps + decay_steps = {warmup} + {decay} = {warmup + decay} is more than run.steps = "
+            f"{steps}; nearest: run.steps {warmup + decay}, "
+            + (f"decay_steps {steps - warmup}" if decay and warmup < steps else f"warmup_steps {max(0, steps - decay)}")
+        )
+
+
+def _split(data: "Data") -> Problems:
+    parts = data.split.split(",")
+    try:
+        weights = [float(part) for part in parts]
+    except ValueError:
+        weights = []
+    if len(weights) != 3 or not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) == 0:
+        yield (
+            f"data.split: {data.split!r} is not three weights >= 0, for train, valid and test, with a positive sum; "
+            f"for example '969,30,1' or '1,0,0'"
+        )
+
+
+def _blends(data: "Data") -> Problems:
+    named = [("data.train", data.train), ("data.valid", data.valid)]
+    named += [(f"data.stages.{i}.train", stage.train) for i, stage in enumerate(data.stages)]
+    for name, sources in named:
+        yield from _blend(name, sources)
+    if data.train and data.stages:
+        yield "data: train and stages are both given, and stages replace train; remove one"
+
+
+def _blend(name: str, sources: "tuple[Source, ...]") -> Problems:
+    bare = [source.prefix for source in sources if source.weight is None]
+    if bare and len(bare) < len(sources):
+        yield (
+            f"{name}: {len(bare)} of {len(sources)} sources have no weight ({', '.join(bare[:3])}); give each one, or "
+            f"none (then every sample is seen once)"
+        )
+    prefixes = [source.prefix for source in sources]
+    for prefix in sorted({p for p in prefixes if prefixes.count(p) > 1}):
+        yield f"{name}: {prefix!r} is listed {prefixes.count(prefix)} times; list it once with the summed weight"
+
+
+def _stage_order(data: "Data", batch: "Batch", run: "Run") -> Problems:
+    stages, total = data.stages, batch.tokens * run.steps
+    if not stages:
+        return
+    for i, stage in enumerate(stages):
+        if not stage.train:
+            yield f"data.stages.{i}: train is empty; name at least one source"
+    bounds = [stage.until_tokens for stage in stages]
+    if bounds[-1] == 0:
+        bounds[-1] = max(total, bounds[-2] + 1 if len(bounds) > 1 else 0)
+    for i, (before, after) in enumerate(zip([0, *bounds], bounds, strict=False)):
+        if after <= before:
+            yield (
+                f"data.stages.{i}: until_tokens = {after} is not above {before}, where the stage begins; stages go up, "
+                f"and only the last may be 0 (to the end)"
+            )
+    if bounds[-1] < total:
+        yield (
+            f"data.stages.{len(stages) - 1}: the last stage ends at until_tokens = {bounds[-1]}, but the run consumes "
+            f"global*seq_length*steps = {batch.global_}*{batch.seq_length}*{run.steps} = {total}; nearest: "
+            f"until_tokens 0 (to the end), run.steps {bounds[-1] // batch.tokens}"
+        )
+
+
+RULES: tuple[Callable[..., Problems], ...] = (
+    _heads,
+    _ffn,
+    _positions,
+    _vocab,
+    _sequence,
+    _stages,
+    _tensor,
+    _context,
+    _batch,
+    _rate,
+    _lengths,
+    _split,
+    _blends,
+    _stage_order,
+)

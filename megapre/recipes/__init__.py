@@ -1,0 +1,1 @@
+"""Shipped recipes: TOML files of named models and named runs, read by `megapre.config.load`."""
