@@ -1,0 +1,279 @@
+"""The transformer: GPT-2 and Llama-style families, written as if for one device.
+
+    x = embedding                                        y = norm(x)
+    for every block:  x += attention(norm1(x));  x += mlp(norm2(x))          loss = cross_entropy(y @ head.T)
+
+The residual stream never meets an addition of its own: each norm takes the stream and the last sublayer's output and
+returns both their sum and its norm (`ops.layer_norm`, `ops.rms_norm` with `residual=`), one pass over memory instead of
+two. So a block hands on the pair (x, residual) whose sum is the stream.
+
+Every operation that is not a matrix product comes from `ops`, the kernels chosen for the device. Embedding, blocks, and
+final norm with head are separate methods: any run of them in this order is a piece of a model.
+
+Legend: B batch, S sequence, T = B*S tokens, H hidden, N query heads, K key-value heads, D head dim, F ffn width,
+V vocabulary, Vp the same padded to a multiple of 128. Row V and beyond of embed.weight and head.weight exist so that
+products have round shapes; they are zero, no token reads them and no gradient reaches them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megapre.model.errors import ModelError
+from megapre.model.rope import Rotary
+
+if TYPE_CHECKING:
+    from megapre.config import Model
+    from megapre.kernels import Kernels
+    from megapre.model.cache import KVCache, LayerCache
+
+
+class Like(NamedTuple):
+    """What every parameter is made like."""
+
+    dtype: torch.dtype
+    device: torch.device | str
+
+
+class Places(NamedTuple):
+    """Where the tokens of a batch stand. The same for every block.
+
+    Position of column s: start + s, or positions_BS where given. cos and sin (None without rope) begin at `start`.
+    """
+
+    start: int
+    positions_BS: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+class Linear(nn.Linear):
+    """nn.Linear left uninitialised: `init.initialize` draws every parameter from its name."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding left uninitialised, as Linear."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm of the stream, with the residual addition in the same pass."""
+
+    def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
+        super().__init__()
+        self.eps, self.ops = cfg.norm_eps, ops
+        self.weight = nn.Parameter(torch.empty(cfg.hidden, **like._asdict()))
+        self.bias = nn.Parameter(torch.empty(cfg.hidden, **like._asdict())) if cfg.bias else None
+
+    def forward(self, x_BSH: Tensor, residual_BSH: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm(h), h) with h = x + residual, or x alone."""
+        out = self.ops.layer_norm(x_BSH, self.weight, self.bias, eps=self.eps, residual=residual_BSH)
+        return (out, x_BSH) if residual_BSH is None else out
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm of the stream, as LayerNorm."""
+
+    def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
+        super().__init__()
+        self.eps, self.ops = cfg.norm_eps, ops
+        self.weight = nn.Parameter(torch.empty(cfg.hidden, **like._asdict()))
+
+    def forward(self, x_BSH: Tensor, residual_BSH: Tensor | None) -> tuple[Tensor, Tensor]:
+        out = self.ops.rms_norm(x_BSH, self.weight, eps=self.eps, residual=residual_BSH)
+        return (out, x_BSH) if residual_BSH is None else out
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm within each head of q or k (Henry et al. 2020, arXiv:2010.04245; Qwen3's form)."""
+
+    def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
+        super().__init__()
+        self.eps, self.ops = cfg.norm_eps, ops
+        self.weight = nn.Parameter(torch.empty(cfg.head_dim, **like._asdict()))
+
+    def forward(self, x_BSND: Tensor) -> Tensor:
+        return self.ops.rms_norm(x_BSND, self.weight, eps=self.eps)
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped queries: head n reads key-value head n // (N / K)."""
+
+    def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim, self.ops = cfg.heads, cfg.kv_heads, cfg.head_dim, ops
+        self.qkv = Linear(cfg.hidden, (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim, cfg.bias, **like._asdict())
+        self.q_norm = HeadNorm(cfg, ops, like) if cfg.qk_norm else None
+        self.k_norm = HeadNorm(cfg, ops, like) if cfg.qk_norm else None
+        self.out = Linear(cfg.heads * cfg.head_dim, cfg.hidden, cfg.bias, **like._asdict())
+
+    def forward(self, x_BSH: Tensor, places: Places, cache: LayerCache | None) -> Tensor:
+        qkv = self.qkv(x_BSH).unflatten(-1, (-1, self.head_dim))
+        q_BSND, k_BSKD, v_BSKD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSND, k_BSKD = self.q_norm(q_BSND), self.k_norm(k_BSKD)
+        if places.cos is not None:
+            q_BSND, k_BSKD = self.ops.rope(q_BSND, k_BSKD, places.cos, places.sin, positions=places.positions_BS)
+        if cache is not None:
+            k_BSKD, v_BSKD = cache.extend(k_BSKD, v_BSKD)
+        o_BSND = self.ops.attention(q_BSND, k_BSKD, v_BSKD, causal=True, cu_seqlens=places.cu_seqlens)
+        return self.out(o_BSND.flatten(2))
+
+
+class GeluMLP(nn.Module):
+    """down(gelu(up(x))), the GPT-2 way."""
+
+    def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
+        super().__init__()
+        self.ops = ops
+        self.up = Linear(cfg.hidden, cfg.ffn, cfg.bias, **like._asdict())
+        self.down = Linear(cfg.ffn, cfg.hidden, cfg.bias, **like._asdict())
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        return self.down(self.ops.gelu(self.up(x_BSH)))
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202); gate and up are one product."""
+
+    def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
+        super().__init__()
+        self.activation = {"swiglu": ops.swiglu, "geglu": ops.geglu}[cfg.activation]
+        self.gate_up = Linear(cfg.hidden, 2 * cfg.ffn, cfg.bias, **like._asdict())
+        self.down = Linear(cfg.ffn, cfg.hidden, cfg.bias, **like._asdict())
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        return self.down(self.activation(self.gate_up(x_BSH)))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
+        super().__init__()
+        norm = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[cfg.norm]
+        mlp = GatedMLP if cfg.gated else GeluMLP
+        self.norm1, self.attn = norm(cfg, ops, like), Attention(cfg, ops, like)
+        self.norm2, self.mlp = norm(cfg, ops, like), mlp(cfg, ops, like)
+
+    def forward(
+        self, x_BSH: Tensor, residual_BSH: Tensor | None, places: Places, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One layer on the stream x + residual (residual None: x alone); returns the next such pair."""
+        y_BSH, stream_BSH = self.norm1(x_BSH, residual_BSH)
+        y_BSH, stream_BSH = self.norm2(self.attn(y_BSH, places, cache), stream_BSH)
+        return self.mlp(y_BSH), stream_BSH
+
+
+class Transformer(nn.Module):
+    """A language model of cfg's shape. Parameters are raw memory until `initialize(model, seed)` or `load_state`.
+
+    `ops` is what `megapre.kernels.choose(device)` returned. With device="meta" nothing is allocated.
+    """
+
+    def __init__(
+        self, cfg: Model, ops: Kernels, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        like = Like(dtype, device)
+        self.cfg, self.ops = cfg, ops
+        self.embed = Embedding(cfg.vocab_padded, cfg.hidden, **like._asdict())
+        learned = cfg.positions == "learned"
+        self.positions = Embedding(cfg.context, cfg.hidden, **like._asdict()) if learned else None
+        self.rotary = None if learned else Rotary(cfg, device)
+        self.blocks = nn.ModuleList(Block(cfg, ops, like) for _ in range(cfg.layers))
+        self.norm = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[cfg.norm](cfg, ops, like)
+        self.head = None if cfg.tied else Linear(cfg.hidden, cfg.vocab_padded, False, **like._asdict())
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits [B, S, V] in the model's dtype, of the token after each one.
+
+        tokens: int64 [B, S] below V. positions: int64 [B, S] below cfg.context, default 0 .. S-1 (behind the cache's
+        positions if there is one). cu_seqlens: int32 [documents + 1], bounds of documents in the T flattened tokens;
+        a token attends within its document only. Raises ModelError for more positions than cfg.context or the cache.
+        """
+        return self.logits(self.hidden(tokens_BS, positions_BS, cu_seqlens, cache))
+
+    def loss(
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy in nats, fp32 scalar, summed over tokens whose label is not -100; logits never whole."""
+        return self.loss_of(self.hidden(tokens_BS, positions_BS, cu_seqlens), labels_BS)
+
+    def hidden(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The normed stream [B, S, H] that the head reads. Extends the cache."""
+        places = self.places(tokens_BS.shape[1], positions_BS, cu_seqlens, cache)
+        x_BSH, residual_BSH = self.run_blocks(self.embed_tokens(tokens_BS, places), places, cache)
+        if cache is not None:
+            cache.length += tokens_BS.shape[1]
+        return self.norm(x_BSH, residual_BSH)[0]
+
+    def places(
+        self, length: int, positions_BS: Tensor | None, cu_seqlens: Tensor | None, cache: KVCache | None = None
+    ) -> Places:
+        start = 0 if cache is None else cache.length
+        room = self.cfg.context if cache is None else min(self.cfg.context, cache.capacity)
+        if start + length > room:
+            limit = "the model's context" if room == self.cfg.context else "the cache"
+            raise ModelError(
+                f"{length} tokens from position {start} on need {start + length} positions, "
+                f"but {limit} has {room}; at most {room - start} tokens fit here"
+            )
+        if self.rotary is None:
+            return Places(start, positions_BS, None, None, cu_seqlens)
+        if positions_BS is not None:  # they count from 0 whatever the cache holds
+            return Places(start, positions_BS, self.rotary.cos, self.rotary.sin, cu_seqlens)
+        end = start + length
+        return Places(start, None, self.rotary.cos[start:end], self.rotary.sin[start:end], cu_seqlens)
+
+    def embed_tokens(self, tokens_BS: Tensor, places: Places) -> Tensor:
+        x_BSH = self.embed(tokens_BS)
+        if self.positions is None:
+            return x_BSH
+        if places.positions_BS is not None:
+            return x_BSH + self.positions(places.positions_BS)
+        return x_BSH + self.positions.weight[places.start : places.start + tokens_BS.shape[1]]
+
+    def run_blocks(self, x_BSH: Tensor, places: Places, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        residual_BSH = None
+        for index, block in enumerate(self.blocks):
+            layer_cache = None if cache is None else cache.layer(index)
+            x_BSH, residual_BSH = block(x_BSH, residual_BSH, places, layer_cache)
+        return x_BSH, residual_BSH
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[Vp, H]; the embedding itself when tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def logits(self, y_BSH: Tensor) -> Tensor:
+        return F.linear(y_BSH, self.head_weight[: self.cfg.vocab])
+
+    def loss_of(self, y_BSH: Tensor, labels_BS: Tensor) -> Tensor:
+        return self.ops.linear_cross_entropy(
+            y_BSH.flatten(0, 1), self.head_weight, labels_BS.flatten(), vocab=self.cfg.vocab
+        )
