@@ -1,0 +1,166 @@
+"""Scaled dot-product attention: causal, grouped queries, documents, sliding window, log-sum-exp.
+
+    s_ij = scale * q_i . k_j  over the keys j that query i may see;   o_i = sum_j softmax_j(s_ij) v_j
+    lse_i = log sum_j exp(s_ij)
+
+Query i of Sq stands at position i + Sk - Sq among the keys (a KV cache has more keys than queries). It may see key j if
+    causal      j <= i + Sk - Sq
+    window w    |i + Sk - Sq - j| < w: itself and the w - 1 before it (without causal also the w - 1 after it)
+    cu_seqlens  i and j belong to one document. cu_seqlens [documents + 1] int32 counts over the flattened B*S tokens, from
+                0 to B*S; a row of the batch is a boundary too. Needs Sq = Sk.
+
+Shapes   q, o [B, Sq, N, D]; k, v [B, Sk, K, D], head n uses key head n // (N / K) (Ainslie et al. 2023); lse [B, N, Sq] fp32.
+Forward  4 D FLOPs per (query, visible key, head). Backward 10 D: five products, one of which is the forward's again.
+Bytes    q, k, v, o once forward; these and do, dq, dk, dv backward. Scores never leave the chip in a fused kernel.
+Floor    products: FLOPs / product rate, for all but the shortest sequences.
+
+SDPA is torch's registered op: fake tensors, autograd and torch.compile come with it, and on CUDA it picks cuDNN,
+FlashAttention or the memory-efficient kernel by itself. Documents on the CPU are cut apart and attended one by one: exact,
+and the work is the sum of the squared document lengths, not the square of the sum.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .precision import wide
+
+
+def reference(
+    q_BSND: Tensor,
+    k_BSKD: Tensor,
+    v_BSKD: Tensor,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Plain torch with whole fp32 scores, the definition of correct. Returns o, or (o, lse), o in the dtype of q.
+
+    scale None means 1 / sqrt(D). ValueError when shapes disagree, N is no multiple of K, Sq > Sk, window < 1, or
+    cu_seqlens is given with Sq != Sk.
+    """
+    _check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
+    with torch.autocast(q_BSND.device.type, enabled=False):
+        dtype = wide(q_BSND.dtype)
+        group = q_BSND.shape[2] // k_BSKD.shape[2]
+        q = q_BSND.to(dtype).transpose(1, 2)
+        k = k_BSKD.to(dtype).transpose(1, 2).repeat_interleave(group, dim=1)
+        v = v_BSKD.to(dtype).transpose(1, 2).repeat_interleave(group, dim=1)
+        scores = q @ k.transpose(-1, -2) * (_scale(q_BSND) if scale is None else scale)
+        mask = visible(q_BSND, k_BSKD, causal, cu_seqlens, window)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        lse = torch.logsumexp(scores, dim=-1)
+        o = (torch.exp(scores - lse.unsqueeze(-1)) @ v).transpose(1, 2).to(q_BSND.dtype)
+    return (o, lse) if return_lse else o
+
+
+def sdpa(
+    q_BSND: Tensor,
+    k_BSKD: Tensor,
+    v_BSKD: Tensor,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Through F.scaled_dot_product_attention, which gives no lse: return_lse is served by `reference`. As `reference`."""
+    if return_lse:
+        return reference(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale, return_lse)
+    _check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
+    if cu_seqlens is not None and q_BSND.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths = _segments(cu_seqlens, q_BSND.shape[0], q_BSND.shape[1])
+        if len(lengths) > q_BSND.shape[0]:
+            return _by_document(q_BSND, k_BSKD, v_BSKD, lengths, causal, window, scale)
+        cu_seqlens = None
+    square = q_BSND.shape[1] == k_BSKD.shape[1]
+    plain = cu_seqlens is None and (window is None or window >= k_BSKD.shape[1])
+    # torch aligns its causal mask top-left, so only square scores may use it; one query sees every key of the cache.
+    if plain and (not causal or square or q_BSND.shape[1] == 1):
+        return _sdpa(q_BSND, k_BSKD, v_BSKD, causal and square, None, scale)
+    return _sdpa(q_BSND, k_BSKD, v_BSKD, False, visible(q_BSND, k_BSKD, causal, cu_seqlens, window), scale)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float | None) -> Tensor:
+    o_BNSD = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return o_BNSD.transpose(1, 2)
+
+
+def _by_document(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, window: int | None, scale: float | None
+) -> Tensor:
+    # split, not slices: its backward is one concatenation, where every slice would fill a gradient of full size.
+    pieces = (torch.split(t.flatten(0, 1), lengths) for t in (q, k, v))
+    parts = []
+    for piece in zip(*pieces, strict=True):
+        q_1SND, k_1SKD, v_1SKD = (t.unsqueeze(0) for t in piece)
+        o = sdpa(q_1SND, k_1SKD, v_1SKD, causal, None, window, scale)
+        parts.append(o.squeeze(0) if isinstance(o, Tensor) else o[0])
+    return torch.cat(parts).view(q.shape)
+
+
+def _segments(cu_seqlens: Tensor, batch: int, seq_length: int) -> list[int]:
+    """Lengths of the pieces of documents, cut at the ends of rows too. ValueError when cu_seqlens does not fit."""
+    tokens = batch * seq_length
+    ends = cu_seqlens.tolist()
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        raise ValueError(f"attention: cu_seqlens must rise from 0 to B*S = {tokens}; it is {ends[:3]} .. {ends[-3:]}")
+    cuts = sorted({*ends, *range(0, tokens, max(seq_length, 1))})
+    return [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def visible(
+    q_BSND: Tensor, k_BSKD: Tensor, causal: bool, cu_seqlens: Tensor | None, window: int | None
+) -> Tensor | None:
+    """Which key each query may see, bool [1 or B, 1, Sq, Sk]; None when every query sees every key."""
+    batch, queries, keys = q_BSND.shape[0], q_BSND.shape[1], k_BSKD.shape[1]
+    device = q_BSND.device
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    terms = []
+    if causal:
+        terms.append(distance >= 0)
+    if window is not None:
+        terms.append(distance < window if causal else distance.abs() < window)
+    if cu_seqlens is not None:
+        token = torch.arange(batch * queries, device=device, dtype=cu_seqlens.dtype)
+        document = torch.searchsorted(cu_seqlens.to(device), token, right=True).view(batch, queries)
+        terms.append((document[:, :, None] == document[:, None, :])[:, None])
+    if not terms:
+        return None
+    mask = terms[0]
+    for term in terms[1:]:
+        mask = mask & term
+    return mask.expand(mask.shape[0] if mask.dim() == 4 else 1, 1, queries, keys)
+
+
+def _scale(q: Tensor) -> float:
+    return 1.0 / math.sqrt(q.shape[-1])
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4:
+        raise ValueError(f"attention: need q [B, Sq, N, D] and k, v [B, Sk, K, D]; they are {shapes}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention: batch and head dim must agree; they are {shapes}")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"attention: {q.shape[2]} query heads are no multiple of {k.shape[2]} key heads")
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(f"attention: {q.shape[1]} queries but only {k.shape[1]} keys; Sq <= Sk is needed")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window}; a query sees at least itself, so window >= 1")
+    if cu_seqlens is not None and q.shape[1] != k.shape[1]:
+        raise ValueError(f"attention: documents (cu_seqlens) need Sq = Sk; they are {q.shape[1]} and {k.shape[1]}")

@@ -1,0 +1,163 @@
+"""The last linear layer and its cross-entropy in one op: the logits exist only a chunk of rows at a time.
+
+    loss = sum over valid rows of cross_entropy(x W^T)                 (the terms of cross_entropy.py, same arguments)
+    dx = dlogits W;   dW = dlogits^T x
+
+Shapes   x [T, H]; weight [V, H]; labels [T] int64; loss a 0-dim fp32 sum (the caller divides by the global number of
+         valid tokens). Rows of weight >= vocab are padding: no logits, and a gradient of 0.
+Forward  2 T V H FLOPs; with gradients 6 T V H, all done in the forward pass with an upstream gradient of one, because
+         then the logits of a chunk are still there; the backward multiplies by the upstream scalar, on the device.
+Memory   one chunk of logits (rows * V), dx in the dtype of x, dW in fp32; never [T, V].
+Bytes    a chunk reads W twice, x and writes dx; its logits are written by the product, turned into their gradient in
+         place and read by two products; fp32 dW is read and written once a chunk.
+Floor    products: 6 T V H / product rate.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import library
+from .cross_entropy import check, check_labels
+from .cross_entropy import reference as cross_entropy
+from .precision import wide
+
+
+def reference(
+    x_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    vocab: int | None = None,
+) -> Tensor:
+    """Plain torch with whole fp32 logits, the definition of correct. The sum of the losses of valid rows, 0-dim fp32.
+
+    ValueError as `cross_entropy.reference`, and when x and weight differ in width.
+    """
+    _check(x_TH, weight_VH, labels_T, vocab)
+    with torch.autocast(x_TH.device.type, enabled=False):
+        logits = x_TH.to(wide(x_TH.dtype)) @ weight_VH.to(wide(x_TH.dtype)).T
+    return cross_entropy(logits, labels_T, ignore_index, label_smoothing, z_loss, vocab).sum()
+
+
+def chunked(
+    x_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    vocab: int | None = None,
+) -> Tensor:
+    """Through `megapre::linear_cross_entropy`; logits are rounded to the dtype of x. As `reference`.
+
+    The weight is taken in the dtype of x (autocast). Gradients are computed only for inputs that require them.
+    """
+    vocab = _check(x_TH, weight_VH, labels_T, vocab)
+    weight = weight_VH.to(x_TH.dtype)
+    needs = torch.is_grad_enabled()
+    loss, _, _ = torch.ops.megapre.linear_cross_entropy(
+        x_TH,
+        weight,
+        labels_T,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        vocab,
+        needs and x_TH.requires_grad,
+        needs and weight.requires_grad,
+    )
+    return loss  # type: ignore[no-any-return]
+
+
+def _check(x_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, vocab: int | None) -> int:
+    if x_TH.dim() != 2 or weight_VH.dim() != 2 or x_TH.shape[1] != weight_VH.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy: x is {tuple(x_TH.shape)} and weight {tuple(weight_VH.shape)}; need [T, H] and [V, H]"
+        )
+    return check(torch.Size((x_TH.shape[0], weight_VH.shape[0])), labels_T, vocab)
+
+
+def chunk_rows(device: str, rows: int) -> int:
+    """Rows of logits that exist at a time: enough for products at full rate, few enough to stay small."""
+    return min(rows, 4096 if device == "cuda" else 512)
+
+
+# The registered op: the kernel over chunks, fake tensors, autograd.
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    vocab: int,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_labels(labels, ignore_index, vocab)
+    settings = (ignore_index, label_smoothing, z_loss, vocab)
+    loss = x.new_zeros((), dtype=wide(x.dtype))
+    dx = x.new_empty(x.shape if need_dx else 0)
+    dweight = x.new_zeros(weight.shape if need_dweight else 0, dtype=wide(x.dtype))
+    rows = chunk_rows(x.device.type, x.shape[0])
+    logits = x.new_empty(rows, weight.shape[0])
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, x.shape[0], rows or 1):
+            chunk = slice(start, min(start + rows, x.shape[0]))
+            dlogits = torch.mm(x[chunk], weight.T, out=logits[: chunk.stop - chunk.start])
+            if not (need_dx or need_dweight):
+                loss += torch.ops.megapre.cross_entropy(dlogits, labels[chunk], *settings)[0].sum()
+                continue
+            loss += torch.ops.megapre.cross_entropy_(dlogits, labels[chunk], None, *settings).sum()
+            if need_dx:
+                torch.mm(dlogits, weight, out=dx[chunk])
+            if need_dweight:
+                dweight += dlogits.T @ x[chunk]
+    return loss, dx, dweight
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor, labels: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_dx, need_dweight = settings[-2:]
+    return (
+        x.new_empty((), dtype=wide(x.dtype)),
+        x.new_empty(x.shape if need_dx else 0),
+        x.new_empty(weight.shape if need_dweight else 0, dtype=wide(x.dtype)),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, dx, dweight = output
+    ctx.needs = inputs[-2:]
+    ctx.dtype = inputs[1].dtype
+    ctx.mark_non_differentiable(dx, dweight)
+    ctx.save_for_backward(dx, dweight)
+
+
+def _differentiate(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx, dweight = ctx.saved_tensors
+    need_dx, need_dweight = ctx.needs
+    return (
+        dx * dloss if need_dx else None,
+        (dweight * dloss).to(ctx.dtype) if need_dweight else None,
+        *(None,) * 7,
+    )
+
+
+def register(ops: torch.library.Library) -> None:
+    """Registers `megapre::linear_cross_entropy`."""
+    library.add(
+        ops,
+        "linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, int ignore_index, float label_smoothing, "
+        "float z_loss, int vocab, bool need_dx, bool need_dweight) -> (Tensor loss, Tensor dx, Tensor dweight)",
+        _forward,
+        _forward_fake,
+    )
+    torch.library.register_autograd("megapre::linear_cross_entropy", _differentiate, setup_context=_save, lib=ops)

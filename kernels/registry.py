@@ -1,0 +1,167 @@
+"""Which implementations each op has on this machine, which one is used, and why the others are not.
+
+The preference order per device is data below. A choice by name is honoured or refused, never replaced.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from . import (
+    adamw,
+    attention,
+    cross_entropy,
+    gelu,
+    grad_norm,
+    layer_norm,
+    library,
+    linear_cross_entropy,
+    native,
+    rms_norm,
+    rope,
+    swiglu,
+)
+
+Op = Callable[..., Any]
+
+
+class KernelUnavailable(ValueError):
+    """An implementation that does not exist, or not on this machine, was asked for by name."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One row of the registry: a function that computes an op."""
+
+    op: str
+    name: str
+    function: Op
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    native_ops: tuple[str, ...] = ()  # ops whose C++ kernel must be registered for the device
+
+    def why_not(self, device: str) -> str:
+        """Why this implementation cannot serve `device`; empty when it can."""
+        if device not in self.devices:
+            return f"there is none for {device}"
+        missing = [op for op in self.native_ops if not library.has_native(op, device)]
+        if not missing:
+            return ""
+        loaded, reason = native.status()
+        return f"the native library has no {missing[0]} for {device}" if loaded else reason
+
+
+# In order of preference: the first that can serve a device is its default.
+IMPLEMENTATIONS = (
+    Implementation("layer_norm", "torch", layer_norm.fused_torch),
+    Implementation("layer_norm", "reference", layer_norm.reference),
+    Implementation(
+        "rms_norm", "native", rms_norm.native, devices=("cpu",), native_ops=("rms_norm", "rms_norm_backward")
+    ),
+    Implementation("rms_norm", "torch", rms_norm.fused_torch),
+    Implementation("rms_norm", "reference", rms_norm.reference),
+    Implementation("rope", "reference", rope.reference),
+    Implementation("gelu", "torch", gelu.fused_torch),
+    Implementation("gelu", "reference", gelu.reference),
+    Implementation("swiglu", "torch", swiglu.composed_torch),
+    Implementation("swiglu", "reference", swiglu.reference),
+    Implementation("geglu", "torch", swiglu.geglu_composed_torch),
+    Implementation("geglu", "reference", swiglu.geglu_reference),
+    Implementation(
+        "cross_entropy",
+        "native",
+        cross_entropy.native,
+        devices=("cpu",),
+        native_ops=("cross_entropy", "cross_entropy_backward"),
+    ),
+    Implementation("cross_entropy", "reference", cross_entropy.reference),
+    Implementation("linear_cross_entropy", "chunked", linear_cross_entropy.chunked),
+    Implementation("linear_cross_entropy", "reference", linear_cross_entropy.reference),
+    Implementation("attention", "sdpa", attention.sdpa),
+    Implementation("attention", "reference", attention.reference),
+    Implementation("adamw_", "torch", adamw.fused_torch),
+    Implementation("adamw_", "reference", adamw.reference),
+    Implementation("grad_norm", "reference", grad_norm.reference),
+)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The chosen implementation of every op, as attributes. Passed to whatever computes; there is no global choice."""
+
+    layer_norm: Op
+    rms_norm: Op
+    rope: Op
+    gelu: Op
+    swiglu: Op
+    geglu: Op
+    cross_entropy: Op
+    linear_cross_entropy: Op
+    attention: Op
+    adamw_: Op
+    grad_norm: Op
+    names: dict[str, str]
+
+
+OPS = tuple(field.name for field in fields(Kernels) if field.name != "names")
+
+
+class Row(NamedTuple):
+    """One line of `table`."""
+
+    op: str
+    implementation: str
+    available: bool
+    why_not: str
+    chosen: bool
+
+
+def choose(device: str, overrides: Mapping[str, str] | None = None) -> Kernels:
+    """The implementation of every op for "cpu" or "cuda" (an index, as in "cuda:0", is allowed).
+
+    `overrides` maps ops to implementation names. KernelUnavailable when one is unknown or cannot run here, with what can.
+    """
+    chosen = _choose(device, overrides or {})
+    return Kernels(
+        **{op: implementation.function for op, implementation in chosen.items()},
+        names={op: implementation.name for op, implementation in chosen.items()},
+    )
+
+
+def table(device: str, overrides: Mapping[str, str] | None = None) -> list[Row]:
+    """Every implementation of every op on `device`: whether it can run, why not, and whether it is the one in use."""
+    chosen = _choose(device, overrides or {}).values()
+    kind = device.split(":")[0]
+    return [
+        Row(row.op, row.name, not row.why_not(kind), row.why_not(kind), row in chosen)
+        for row in sorted(IMPLEMENTATIONS, key=lambda row: OPS.index(row.op))
+    ]
+
+
+def _choose(device: str, overrides: Mapping[str, str]) -> dict[str, Implementation]:
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise KernelUnavailable(f"kernels: device is {device!r}; there are implementations for cpu and cuda")
+    library.register()
+    unknown = sorted(set(overrides) - set(OPS))
+    if unknown:
+        raise KernelUnavailable(f"kernels: there is no op {', '.join(unknown)}; the ops are {', '.join(OPS)}")
+    return {op: _one(op, kind, overrides.get(op)) for op in OPS}
+
+
+def _one(op: str, device: str, name: str | None) -> Implementation:
+    rows = [row for row in IMPLEMENTATIONS if row.op == op]
+    usable = [row for row in rows if not row.why_not(device)]
+    if name is None:
+        return usable[0]
+    for row in rows:
+        if row.name == name and row.why_not(device):
+            raise KernelUnavailable(
+                f"kernels.{op}: {name!r} cannot run on {device}: {row.why_not(device)}; "
+                f"available: {', '.join(row.name for row in usable)}"
+            )
+        if row.name == name:
+            return row
+    raise KernelUnavailable(
+        f"kernels.{op}: there is no implementation {name!r}; available on {device}: "
+        f"{', '.join(row.name for row in usable)}"
+    )
