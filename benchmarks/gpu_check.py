@@ -1,0 +1,210 @@
+"""One command that proves megapre on the GPU at hand: `make gpu-check`, or `python benchmarks/gpu_check.py`.
+
+It uses the interpreter that runs it and needs no network: the native library is built in place, then the GPU tests,
+compute-sanitizer on small shapes, the kernel table, and a training step against its peers run one after the other, each
+in a process of its own under a time limit. What a part printed is kept in its log; a part that fails or runs out of
+time does not stop the next one. The summary is written after every part, so a run that is cut off keeps what it had:
+
+    benchmarks/results/gpu_check_<hardware>_<date>.{json,md}     the summary
+    benchmarks/results/gpu_check_<hardware>_<date>_logs/*.log    what each part printed
+    benchmarks/results/{kernels,train_step}_<hardware>_<date>.*  written by the parts themselves
+
+Exit status: 0 when every part that was asked for passed, 1 otherwise, 2 when there is no usable GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command of the check: its name, what it shows, how long it may run, and its arguments."""
+
+    name: str
+    shows: str
+    limit_s: int
+    command: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What became of a part. `status` is passed, failed, timed out, or skipped (with the reason in `note`)."""
+
+    name: str
+    status: str
+    seconds: float
+    note: str
+
+
+def hardware() -> dict[str, str | int]:
+    """The GPU and the software under it, as the machine's own torch reports them."""
+    import torch
+    import triton
+
+    if not torch.cuda.is_available():
+        raise SystemExit(2)
+    gpu = torch.cuda.get_device_properties(0)
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+    return {
+        "gpu": gpu.name,
+        "memory_bytes": gpu.total_memory,
+        "multiprocessors": gpu.multi_processor_count,
+        "capability": f"{gpu.major}.{gpu.minor}",
+        "driver": driver,
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+
+
+def output_of(*command: str) -> str:
+    """What a command printed, stripped; empty when it failed or is not on this machine."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def commit() -> str:
+    """The commit measured, with '+' when the tree differs from it; 'unknown' outside a checkout."""
+    head = output_of("git", "rev-parse", "--short", "HEAD")
+    return head + ("+" if output_of("git", "status", "--porcelain") else "") if head else "unknown"
+
+
+def parts(out: Path) -> list[Part]:
+    """Every part of the check, in the order they run."""
+    sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    pytest = [PYTHON, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--maxfail=25"]
+    return [
+        Part(
+            "build",
+            "the native library builds against this torch",
+            180,
+            [PYTHON, "setup.py", "build_ext", "--inplace"],
+            {"MEGAPRE_NATIVE": "1"},
+        ),
+        Part("doctor", "what the machine offers and which kernels run", 60, [PYTHON, "-m", "megapre.cli", "doctor"]),
+        Part("tests", "every test marked gpu", 240, [*pytest, "-m", "gpu", "tests"]),
+        Part(
+            "sanitizer",
+            "no invalid access in the kernels on small shapes",
+            120,
+            [*sanitizer, PYTHON, "benchmarks/gpu_small_shapes.py"],
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        ),
+        Part(
+            "kernels",
+            "the kernel table against peers and the measured ceilings",
+            200,
+            [PYTHON, "benchmarks/kernels_gpu.py", "--out", str(out), "--budget", "180"],
+        ),
+        Part(
+            "train-step",
+            "the training step against peers",
+            200,
+            [PYTHON, "benchmarks/train_step.py", "--device", "cuda", "--out", str(out), "--budget", "180"],
+        ),
+    ]
+
+
+def run_part(part: Part, log: Path, limit_s: float) -> Outcome:
+    """Run one part, its output into `log`; never raises for a part that fails."""
+    environment = {**os.environ, **part.environment, "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    start = time.monotonic()
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            list(part.command),
+            cwd=ROOT,
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=limit_s)
+            status = "passed" if code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            status = "timed out"
+    return Outcome(part.name, status, round(time.monotonic() - start, 1), last_line(log))
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something, without the decoration of pytest's bars and terminal colours."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" =") for line in log.read_text(errors="replace").split("\n")]
+    return next((line[:160] for line in reversed(lines) if line), "")
+
+
+def write_summary(out: Path, stem: str, machine: dict[str, str | int], outcomes: list[Outcome]) -> None:
+    """The summary as JSON and as a table, by one rename each."""
+    report = {"hardware": machine, "parts": [asdict(outcome) for outcome in outcomes]}
+    rows = [f"# gpu-check on {machine['gpu']}, {stem.rsplit('_', 1)[1]}", ""]
+    rows += [f"- {key}: {value}" for key, value in machine.items()]
+    rows += ["", "| part | status | seconds | last line |", "| --- | --- | ---: | --- |"]
+    rows += [f"| {o.name} | {o.status} | {o.seconds} | {o.note.replace('|', '/')} |" for o in outcomes]
+    for suffix, text in ((".json", json.dumps(report, indent=1)), (".md", "\n".join(rows))):
+        temporary = out / f".{stem}{suffix}"
+        temporary.write_text(text + "\n")
+        temporary.replace(out / f"{stem}{suffix}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [part.name for part in parts(ROOT)]
+    parser.add_argument("--parts", default=",".join(names), help=f"comma-separated, of: {', '.join(names)}")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    parser.add_argument("--limit", type=float, default=520, help="seconds for everything together")
+    arguments = parser.parse_args()
+    wanted = arguments.parts.split(",")
+    if unknown := sorted(set(wanted) - set(names)):
+        parser.error(f"unknown parts {unknown}; there are {names}")
+
+    deadline = time.monotonic() + arguments.limit
+    machine = hardware()
+    out = arguments.out.resolve()
+    hardware_slug = re.sub(r"[^a-z0-9]+", "-", str(machine["gpu"]).lower()).strip("-")
+    stem = f"gpu_check_{hardware_slug}_{datetime.date.today().isoformat()}"
+    logs = out / f"{stem}_logs"
+    logs.mkdir(parents=True, exist_ok=True)
+
+    outcomes: list[Outcome] = []
+    for part in parts(out):
+        if part.name not in wanted:
+            continue
+        left = deadline - time.monotonic()
+        if left < 10:
+            outcomes.append(Outcome(part.name, "skipped", 0.0, f"{left:.0f} s left of {arguments.limit:.0f} s"))
+        elif not shutil.which(part.command[0]):
+            outcomes.append(Outcome(part.name, "skipped", 0.0, f"{part.command[0]} is not on this machine"))
+        else:
+            print(f"{part.name}: {part.shows} ...", flush=True)
+            outcomes.append(run_part(part, logs / f"{part.name}.log", min(part.limit_s, left)))
+        print(f"{part.name}: {outcomes[-1].status}, {outcomes[-1].seconds} s: {outcomes[-1].note}", flush=True)
+        write_summary(out, stem, machine, outcomes)
+    return 0 if all(outcome.status == "passed" for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
