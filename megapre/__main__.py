@@ -1,0 +1,5 @@
+"""`python -m megapre` is `megapre`."""
+
+from .cli import main
+
+main()

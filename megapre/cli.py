@@ -1,0 +1,244 @@
+"""The command line: each verb is a thin door to one room.
+
+Only click is imported here. A verb imports its room when it runs, so that `megapre --help` needs neither torch nor a wait.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from . import __version__
+
+BROKEN, INTERRUPTED = 2, 130
+"""Exit codes for what the user can mend, and for Ctrl-C."""
+
+RECIPE = click.argument("recipe")
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+INPUTS = click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+RUN = click.argument("run", type=click.Path(path_type=Path))
+
+
+class WithKnobs(click.Command):
+    """A command whose help ends with every knob of a recipe."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from .config import help_text, recipe_names
+
+        shipped = ", ".join(recipe_names())
+        formatter.write(
+            f"\nRECIPE is a TOML file or one of: {shipped}\n\nKnobs, as in optim.lr=3e-4:\n\n{help_text()}\n"
+        )
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="megapre")
+def cli() -> None:
+    """megapre pretrains large language models: raw text to tokens to a trained, sampled model.
+
+    \b
+    megapre tokenizer train text/*.txt --vocab-size 8192 --output tokenizer.json
+    megapre tokenize text/*.txt --tokenizer tokenizer.json --output-prefix data/text
+    megapre train gpt2-124m data.train=data/text run.steps=1000
+    megapre sample runs/gpt2-124m --prompt "Once upon a time"
+    """
+
+
+@cli.command(cls=WithKnobs)
+@RECIPE
+@OVERRIDES
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run folder.")
+@click.option("--print-config", is_flag=True, help="Print the resolved config as TOML and stop.")
+def train(recipe: str, overrides: tuple[str, ...], resume: bool, print_config: bool) -> int:
+    """Train a model by a recipe.
+
+    RECIPE with its KEY=VALUE overrides runs in the folder run.dir/name.
+    """
+    from .config import load, to_toml
+
+    cfg = load(recipe, overrides)
+    if print_config:
+        click.echo(to_toml(cfg), nl=False)
+        return 0
+    from .train import loop
+
+    return loop.run(cfg, resume=resume)
+
+
+@cli.command()
+@INPUTS
+@click.option("--tokenizer", required=True, type=click.Path(path_type=Path), help="tokenizer.json or .model.")
+@click.option("--output-prefix", required=True, type=click.Path(path_type=Path), help="Writes PREFIX.bin and .idx.")
+@click.option("--json-key", default="text", show_default=True, help="Field or column that holds the text.")
+@click.option("--workers", default=0, show_default=True, type=click.IntRange(0), help="Processes; 0 = one a core.")
+@click.option("--no-eos", is_flag=True, help="Append no end-of-document token.")
+@click.option(
+    "--on-error",
+    type=click.Choice(["fail", "skip"]),
+    default="fail",
+    show_default=True,
+    help="Upon a broken line: stop there, or pass over it and count.",
+)
+def tokenize(
+    inputs: tuple[Path, ...],
+    tokenizer: Path,
+    output_prefix: Path,
+    json_key: str,
+    workers: int,
+    no_eos: bool,
+    on_error: str,
+) -> None:
+    """Turn text into a dataset of tokens.
+
+    INPUTS are .txt, .jsonl (also .gz and .zst) or .parquet files.
+    """
+    from .data import tokenize
+
+    tokenize.run(
+        inputs,
+        output_prefix,
+        tokenizer,
+        json_key=json_key,
+        workers=workers,
+        append_eos=not no_eos,
+        on_error=on_error,
+    )
+
+
+@cli.group("tokenizer")
+def tokenizer_group() -> None:
+    """Train tokenizers."""
+
+
+@tokenizer_group.command("train")
+@INPUTS
+@click.option("--kind", type=click.Choice(["bpe", "sentencepiece"]), default="bpe", show_default=True)
+@click.option("--vocab-size", required=True, type=click.IntRange(1), help="Tokens, special ones included.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="tokenizer.json or .model to write.")
+def tokenizer_train(inputs: tuple[Path, ...], kind: str, vocab_size: int, output: Path) -> None:
+    """Train a tokenizer on text: byte-level BPE (tokenizer.json) or SentencePiece (.model)."""
+    from .data.tokenizer import train_tokenizer
+
+    train_tokenizer(inputs, kind=kind, vocab_size=vocab_size, out=output)
+
+
+@cli.command("eval")
+@RUN
+@click.option("--data", default="", help="Dataset prefix, all of it.  [default: the run's own validation data]")
+@click.option("--batches", default=0, show_default=True, type=click.IntRange(0), help="Micro-batches; 0 = all.")
+@DEVICE
+def evaluate(run: Path, data: str, batches: int, device: str) -> None:
+    """Loss, perplexity and bits per byte of RUN's newest checkpoint."""
+    from .train import evaluate
+
+    evaluate.run(run, data, batches=batches, device=device)
+
+
+@cli.command()
+@RUN
+@click.option("--prompt", required=True, help="Text to go on from.")
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 = always the likeliest."
+)
+@click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0 = off.")
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="1 = off.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--num-samples", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--explain", is_flag=True, help="At each step print the ten likeliest next tokens with probabilities.")
+def sample(
+    run: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    num_samples: int,
+    explain: bool,
+) -> None:
+    """Text from RUN's newest checkpoint."""
+    from .train import sample
+
+    sample.run(
+        run,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        num_samples=num_samples,
+        explain=explain,
+    )
+
+
+@cli.group()
+def bench() -> None:
+    """Time what runs."""
+
+
+@bench.command("step", cls=WithKnobs)
+@RECIPE
+@OVERRIDES
+@click.option("--steps", default=10, show_default=True, type=click.IntRange(1), help="Timed steps.")
+@click.option("--warmup", default=3, show_default=True, type=click.IntRange(0), help="Steps before the timed ones.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result here too.")
+def bench_step(recipe: str, overrides: tuple[str, ...], steps: int, warmup: int, json_path: Path | None) -> None:
+    """Time the real training step of RECIPE on made-up tokens."""
+    from .config import load
+
+    cfg = load(recipe, overrides)
+    from .train import bench
+
+    bench.step(cfg, steps=steps, warmup=warmup, json_path=json_path)
+
+
+@cli.command()
+def doctor() -> int:
+    """What this machine has, what is used of it, and why not the rest."""
+    from .observe import doctor
+
+    return doctor.run()
+
+
+def main() -> None:
+    """Run the command line and exit: 0, a verb's own code, 1 for a bug, 2 for what the user can mend, 130 for Ctrl-C."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("megapre: interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # `megapre ... | head`: nobody reads on, and the interpreter would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        message = _mendable(error)
+        if message is None or os.environ.get("MEGAPRE_TRACEBACK") == "1":
+            raise
+        click.echo(f"megapre: error: {message}", err=True)
+        sys.exit(BROKEN)
+    sys.exit(code or 0)
+
+
+def _mendable(error: Exception) -> str | None:
+    """What to tell the user about `error`, or None where it is a bug of ours and the traceback is the message."""
+    from .errors import UserError
+
+    kernels = sys.modules.get("megapre.kernels")  # it stands alone, so its error is no UserError
+    if isinstance(error, UserError) or (kernels is not None and isinstance(error, kernels.KernelUnavailable)):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("megapre"):
+        return f"the Python package {error.name!r} is not installed here ({sys.executable}); see `megapre doctor`"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    return None
+
+
+if __name__ == "__main__":
+    main()
