@@ -1,0 +1,157 @@
+// Driver of cross_entropy: checks, memory and threads. The arithmetic is in cross_entropy_rows.cpp.
+
+#include "cross_entropy.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "rows.h"
+
+namespace megapre::cpu {
+namespace {
+
+// Everything is checked before anything is written: an in-place op must not fail half way.
+void check(
+    const char* op, const at::Tensor& logits, const at::Tensor& labels, int64_t ignore_index, double label_smoothing,
+    int64_t vocab) {
+  TORCH_CHECK_VALUE(
+      logits.dim() == 2 && labels.dim() == 1 && labels.size(0) == logits.size(0), op, ": logits ", logits.sizes(),
+      " and labels ", labels.sizes(), "; shapes [tokens, columns] and [tokens] are needed");
+  TORCH_CHECK_TYPE(
+      is_supported(logits.scalar_type()), op, ": dtype ", logits.scalar_type(),
+      "; supported are fp32, bf16, fp16, fp64");
+  TORCH_CHECK_TYPE(labels.scalar_type() == c10::kLong, op, ": labels are ", labels.scalar_type(), ", not int64");
+  TORCH_CHECK_VALUE(
+      vocab >= 1 && vocab <= logits.size(1), op, ": vocab ", vocab, " lies outside [1, ", logits.size(1),
+      "], the columns of the logits");
+  TORCH_CHECK_VALUE(
+      label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing ", label_smoothing, " lies outside [0, 1]");
+  const int64_t* label = labels.const_data_ptr<int64_t>();
+  for (int64_t row = 0; row < labels.size(0); ++row) {
+    TORCH_CHECK_VALUE(
+        label[row] == ignore_index || (label[row] >= 0 && label[row] < vocab), op, ": label ", label[row], " of row ",
+        row, " lies outside [0, ", vocab, ") and is not ignore_index ", ignore_index);
+  }
+}
+
+at::Tensor per_row(const at::Tensor& logits) {
+  return at::empty({logits.size(0)}, logits.options().dtype(acc_dtype(logits.scalar_type())));
+}
+
+at::Tensor checked_per_row(const at::Tensor& t, const at::Tensor& logits, const char* name) {
+  const c10::ScalarType acc = acc_dtype(logits.scalar_type());
+  TORCH_CHECK_VALUE(
+      t.dim() == 1 && t.size(0) == logits.size(0) && t.scalar_type() == acc, "cross_entropy: ", name, " is ",
+      t.scalar_type(), " ", t.sizes(), "; one ", acc, " per row of logits ", logits.sizes(), " is needed");
+  return t.contiguous();
+}
+
+std::tuple<at::Tensor, at::Tensor> cross_entropy(
+    const at::Tensor& logits, const at::Tensor& labels_in, int64_t ignore_index, double label_smoothing, double z_loss,
+    int64_t vocab) {
+  const at::Tensor labels = labels_in.contiguous();
+  check("cross_entropy", logits, labels, ignore_index, label_smoothing, vocab);
+  const Rows rows(logits);
+  at::Tensor losses = per_row(logits), lse = per_row(logits);
+  const CrossEntropyRows op{
+      .dtype = logits.scalar_type(),
+      .vocab = vocab,
+      .width = rows.width,
+      .logits = rows.data(),
+      .stride = rows.stride,
+      .labels = labels.const_data_ptr<int64_t>(),
+      .ignore_index = ignore_index,
+      .label_smoothing = label_smoothing,
+      .z_loss = z_loss,
+      .losses = losses.data_ptr(),
+      .lse = lse.data_ptr(),
+      .dlosses = nullptr,
+      .gradient = nullptr,
+      .gradient_stride = 0,
+  };
+  const CrossEntropyKernels& kernels = MEGAPRE_CHOOSE(cross_entropy_kernels);
+  at::parallel_for(0, rows.count, grain(vocab), [&](int64_t begin, int64_t end) { kernels.forward(op, begin, end); });
+  return {losses, lse};
+}
+
+at::Tensor cross_entropy_backward(
+    const at::Tensor& dlosses_in, const at::Tensor& logits, const at::Tensor& labels_in, const at::Tensor& lse_in,
+    int64_t ignore_index, double label_smoothing, double z_loss, int64_t vocab) {
+  const at::Tensor labels = labels_in.contiguous();
+  check("cross_entropy_backward", logits, labels, ignore_index, label_smoothing, vocab);
+  const at::Tensor dlosses = checked_per_row(dlosses_in, logits, "dlosses");
+  const at::Tensor lse = checked_per_row(lse_in, logits, "lse");
+  const Rows rows(logits);
+  at::Tensor gradient = at::empty(logits.sizes(), logits.options());
+  const CrossEntropyRows op{
+      .dtype = logits.scalar_type(),
+      .vocab = vocab,
+      .width = rows.width,
+      .logits = rows.data(),
+      .stride = rows.stride,
+      .labels = labels.const_data_ptr<int64_t>(),
+      .ignore_index = ignore_index,
+      .label_smoothing = label_smoothing,
+      .z_loss = z_loss,
+      .losses = nullptr,
+      .lse = lse.data_ptr(),
+      .dlosses = dlosses.data_ptr(),
+      .gradient = gradient.data_ptr(),
+      .gradient_stride = rows.width,
+  };
+  const CrossEntropyKernels& kernels = MEGAPRE_CHOOSE(cross_entropy_kernels);
+  at::parallel_for(0, rows.count, grain(vocab), [&](int64_t begin, int64_t end) { kernels.backward(op, begin, end); });
+  return gradient;
+}
+
+at::Tensor cross_entropy_(
+    at::Tensor& logits, const at::Tensor& labels_in, const std::optional<at::Tensor>& dlosses_in, int64_t ignore_index,
+    double label_smoothing, double z_loss, int64_t vocab) {
+  const at::Tensor labels = labels_in.contiguous();
+  check("cross_entropy_", logits, labels, ignore_index, label_smoothing, vocab);
+  TORCH_CHECK_VALUE(
+      logits.stride(1) == 1 && (logits.size(0) < 2 || logits.stride(0) >= logits.size(1)),
+      "cross_entropy_: logits have strides ", logits.strides(), "; to be overwritten in place, the ", logits.size(1),
+      " elements of a row must be neighbours and rows must not overlap");
+  at::Tensor dlosses;
+  if (dlosses_in.has_value()) {
+    dlosses = checked_per_row(*dlosses_in, logits, "dlosses");
+  }
+  const int64_t rows = logits.size(0);
+  at::Tensor losses = per_row(logits);
+  const CrossEntropyRows op{
+      .dtype = logits.scalar_type(),
+      .vocab = vocab,
+      .width = logits.size(1),
+      .logits = logits.data_ptr(),
+      .stride = logits.stride(0),
+      .labels = labels.const_data_ptr<int64_t>(),
+      .ignore_index = ignore_index,
+      .label_smoothing = label_smoothing,
+      .z_loss = z_loss,
+      .losses = losses.data_ptr(),
+      .lse = nullptr,
+      .dlosses = dlosses.defined() ? dlosses.data_ptr() : nullptr,
+      .gradient = logits.data_ptr(),
+      .gradient_stride = logits.stride(0),
+  };
+  at::Tensor scratch = at::empty({at::get_num_threads(), scratch_size(vocab)}, losses.options());
+  const CrossEntropyKernels& kernels = MEGAPRE_CHOOSE(cross_entropy_kernels);
+  at::parallel_for(0, rows, grain(vocab), [&](int64_t begin, int64_t end) {
+    const int64_t offset = at::get_thread_num() * scratch_size(vocab) * scratch.element_size();
+    kernels.both(op, begin, end, static_cast<char*>(scratch.data_ptr()) + offset);
+  });
+  return losses;
+}
+
+}  // namespace
+}  // namespace megapre::cpu
+
+TORCH_LIBRARY_IMPL(megapre, CPU, m) {
+  m.impl("cross_entropy", &megapre::cpu::cross_entropy);
+  m.impl("cross_entropy_backward", &megapre::cpu::cross_entropy_backward);
+  m.impl("cross_entropy_", &megapre::cpu::cross_entropy_);
+}

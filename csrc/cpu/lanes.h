@@ -1,0 +1,99 @@
+// Vectors for the row loops: load any float type into accumulator lanes, compute there, store back.
+// Only for files compiled once per CPU level. Nothing here may have external linkage outside the level's namespace:
+// the linker keeps one copy of an inline function, and an AVX-512 copy would crash an older CPU at another level.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace megapre::cpu::CPU_CAPABILITY {
+
+// fp64 computes in fp64, everything else in fp32.
+template <typename T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Two vectors of accumulators, as many lanes as one vector of a 16-bit type has.
+template <typename A>
+using Lanes = at::vec::VectorizedN<A, 2>;
+
+template <typename T>
+constexpr int64_t kLanes = Lanes<acc_t<T>>::size();
+
+template <typename T>
+constexpr bool is_half_width = sizeof(T) == 2;
+
+template <typename T>
+inline Lanes<acc_t<T>> load_lanes(const T* p) {
+  if constexpr (is_half_width<T>) {
+    return at::vec::convert<float, 2, T, 1>(at::vec::VectorizedN<T, 1>(at::vec::Vectorized<T>::loadu(p)));
+  } else {
+    return Lanes<T>::loadu(p);
+  }
+}
+
+// The first `count` (< kLanes) lanes from memory, the others zero.
+template <typename T>
+inline Lanes<acc_t<T>> load_lanes(const T* p, int64_t count) {
+  using at::vec::Vectorized;
+  if constexpr (is_half_width<T>) {
+    return at::vec::convert<float, 2, T, 1>(at::vec::VectorizedN<T, 1>(Vectorized<T>::loadu(p, count)));
+  } else {
+    constexpr int64_t n = Vectorized<T>::size();
+    return count <= n ? Lanes<T>(Vectorized<T>::loadu(p, count), Vectorized<T>(0))
+                      : Lanes<T>(Vectorized<T>::loadu(p), Vectorized<T>::loadu(p + n, count - n));
+  }
+}
+
+template <typename T>
+inline void store_lanes(T* p, const Lanes<acc_t<T>>& v, int64_t count = kLanes<T>) {
+  if constexpr (is_half_width<T>) {
+    at::vec::convert<T, 1, float, 2>(v).store(p, static_cast<int>(count));
+  } else if (count == kLanes<T>) {
+    v.store(p);
+  } else {
+    v.store(p, static_cast<int>(count));
+  }
+}
+
+// What reading back a stored value would give.
+template <typename T>
+inline Lanes<acc_t<T>> rounded(const Lanes<acc_t<T>>& v) {
+  if constexpr (is_half_width<T>) {
+    return at::vec::convert<float, 2, T, 1>(at::vec::VectorizedN<T, 1>(at::vec::convert<T, 1, float, 2>(v)));
+  } else {
+    return v;
+  }
+}
+
+template <typename A>
+inline A sum(const Lanes<A>& v) {
+  using V = at::vec::Vectorized<A>;
+  return at::vec::vec_reduce_all([](const V& a, const V& b) { return a + b; }, v);
+}
+
+template <typename A>
+inline A max(const Lanes<A>& v) {
+  using V = at::vec::Vectorized<A>;
+  return at::vec::vec_reduce_all([](const V& a, const V& b) { return at::vec::maximum(a, b); }, v);
+}
+
+// Calls f(T{}) with the C++ type of `dtype`. The driver has refused every other dtype before.
+template <typename F>
+inline void with_type(c10::ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case c10::ScalarType::Double:
+      return f(double{});
+    case c10::ScalarType::Float:
+      return f(float{});
+    case c10::ScalarType::BFloat16:
+      return f(c10::BFloat16{});
+    default:
+      return f(c10::Half{});
+  }
+}
+
+}  // namespace megapre::cpu::CPU_CAPABILITY

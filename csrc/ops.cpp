@@ -1,0 +1,34 @@
+// The one list of native ops. A schema is declared here; its CPU form is registered in csrc/cpu/<op>.cpp.
+// Fake (meta) and autograd rules live in Python, beside the reference of the same op in kernels/<op>.py.
+
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "cpu/level.h"
+
+// Found in the file's bytes by kernels/native.py before the library is loaded: torch's C++ interface is not stable from
+// one version to the next, and loading a library built for another one fails in unreadable ways.
+extern "C" __attribute__((visibility("default"), used)) const char megapre_built_for_torch[] =
+    "megapre-built-for-torch=" TORCH_VERSION ";";
+
+TORCH_LIBRARY(megapre, m) {
+  // y = h * rstd * weight with rstd = 1/sqrt(mean(h^2) + eps), h = x + residual. `h` is empty without a residual.
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor y, Tensor h, Tensor rstd)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd) -> (Tensor dx, Tensor dweight)");
+
+  // Losses and log-sum-exp are fp32 (fp64 for fp64 logits). Columns from `vocab` on are padding: never read.
+  m.def(
+      "cross_entropy(Tensor logits, Tensor labels, int ignore_index, float label_smoothing, float z_loss, int vocab)"
+      " -> (Tensor losses, Tensor lse)");
+  m.def(
+      "cross_entropy_backward(Tensor dlosses, Tensor logits, Tensor labels, Tensor lse, int ignore_index,"
+      " float label_smoothing, float z_loss, int vocab) -> Tensor");
+  m.def(
+      "cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor? dlosses, int ignore_index, float label_smoothing,"
+      " float z_loss, int vocab) -> Tensor");
+
+  // "default", "avx2" or "avx512": the code path the ops run on this machine.
+  m.def("cpu_level() -> str", []() -> std::string { return megapre::cpu::name(megapre::cpu::level()); });
+}

@@ -1,0 +1,76 @@
+"""The native op library: loaded once, on first use, or not at all and with a reason.
+
+MEGAPRE_NATIVE=auto (default) uses it when it is there, 0 leaves it alone, 1 makes its absence an error.
+MEGAPRE_CPU_LEVEL=default|avx2|avx512 forces a code path; the best one that the CPU can run is taken otherwise.
+"""
+
+import functools
+import mmap
+import os
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parent / "_native" / "libmegapre_ops.so"
+_VERSION_MARK = b"megapre-built-for-torch="  # csrc/ops.cpp
+
+
+class NativeError(ValueError):
+    """The environment asks for what cannot be had: MEGAPRE_NATIVE=1 without a library, a CPU level that is none."""
+
+
+def load() -> bool:
+    """Loads the library if it has not been tried yet. Whether its ops are registered.
+
+    NativeError when MEGAPRE_NATIVE=1 and it cannot be loaded.
+    """
+    why_not = _attempt()
+    if why_not and os.environ.get("MEGAPRE_NATIVE") == "1":
+        raise NativeError(f"MEGAPRE_NATIVE=1, but the native ops cannot be used: {why_not}")
+    return not why_not
+
+
+def status() -> tuple[bool, str]:
+    """(whether the library is loaded, why not); tries to load it first."""
+    why_not = _attempt()
+    return not why_not, why_not
+
+
+def cpu_level() -> str:
+    """The code path of the native ops: "default", "avx2" or "avx512"; "" when they are not loaded."""
+    return str(torch.ops.megapre.cpu_level()) if load() else ""
+
+
+def built_for(library: Path) -> str:
+    """The torch version that `library` was compiled against, read from its bytes; "" when it holds no such mark."""
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        mark = content.find(_VERSION_MARK)
+        if mark < 0:
+            return ""
+        start = mark + len(_VERSION_MARK)
+        return content[start : content.find(b";", start)].decode()
+
+
+@functools.cache
+def _attempt() -> str:
+    """Why the library cannot be used; empty when it was loaded."""
+    mode = os.environ.get("MEGAPRE_NATIVE", "auto")
+    if mode not in ("auto", "0", "1"):
+        raise NativeError(f"MEGAPRE_NATIVE={mode}: must be auto, 0 or 1")
+    if mode == "0":
+        return "MEGAPRE_NATIVE=0 turns it off"
+    if not LIBRARY.exists():
+        return f"{LIBRARY} does not exist; build it with: pip install --no-build-isolation -e . (needs a C++ compiler)"
+    # Everything before "+" (as in 2.13.0+cpu) is what decides the binary interface of libtorch_cpu.
+    here, there = torch.__version__.split("+")[0], built_for(LIBRARY)
+    if here != there:
+        return f"{LIBRARY} was built for torch {there or 'of unknown version'} and this is torch {here}; build it again"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except (OSError, RuntimeError) as error:
+        return f"{LIBRARY} cannot be loaded: {error}"
+    try:
+        torch.ops.megapre.cpu_level()
+    except ValueError as error:
+        raise NativeError(str(error)) from None
+    return ""
