@@ -277,14 +277,16 @@ def _read_rope(c: Config, no: Refusals) -> dict[str, Any]:
     given = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
     out: dict[str, Any] = {"rope_theta": given.get("rope_theta", c.get("rope_theta", 10000.0))}
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        no.append(f"rope_type = {kind!r}; possible here: default, linear, llama3")
-    elif kind != "default":
-        out |= {"type": kind, "factor": float(given["factor"])}
+    if kind not in ROPE_FIELDS:
+        no.append(f"rope_type = {kind!r}; possible here: {', '.join(ROPE_FIELDS)}")
+        return out
     if kind == "llama3":
-        out["low_freq_factor"] = float(given["low_freq_factor"])
-        out["high_freq_factor"] = float(given["high_freq_factor"])
-        out["original_context"] = given["original_max_position_embeddings"]
+        given.setdefault("original_max_position_embeddings", c.get("max_position_embeddings"))
+    fields = ROPE_FIELDS[kind]
+    missing = [theirs for theirs in fields.values() if given.get(theirs) is None]
+    no.extend(f"rope_type = {kind!r} needs {name}" for name in missing)
+    if kind != "default" and not missing:
+        out |= {"type": kind, **{ours: given[theirs] for ours, theirs in fields.items()}}
     partial = given.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))
     no.unless(partial == 1.0, {"partial_rotary_factor": partial}, "partial_rotary_factor", "1.0")
     return out
@@ -293,11 +295,9 @@ def _read_rope(c: Config, no: Refusals) -> dict[str, Any]:
 def _write_llama(m: Model, qk_norm: bool = False) -> dict[str, Any]:
     rope = None
     if m.rope_scaling is not None:
-        rope = {"rope_type": m.rope_scaling.type, "factor": m.rope_scaling.factor}
-        if m.rope_scaling.type == "llama3":
-            rope["low_freq_factor"] = m.rope_scaling.low_freq_factor
-            rope["high_freq_factor"] = m.rope_scaling.high_freq_factor
-            rope["original_max_position_embeddings"] = m.rope_scaling.original_context
+        fields = ROPE_FIELDS[m.rope_scaling.type]
+        values = {theirs: getattr(m.rope_scaling, ours) for ours, theirs in fields.items()}
+        rope = {"rope_type": m.rope_scaling.type, **values}
     out = {
         "architectures": ["Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if qk_norm else "llama",
@@ -345,6 +345,16 @@ class Architecture(NamedTuple):
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 GATES = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
+ROPE_FIELDS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_context": "original_max_position_embeddings",
+    },
+}
 ARCHITECTURES = {
     "GPT2LMHeadModel": Architecture(_read_gpt2, _write_gpt2, _lacks_gpt2),
     "LlamaForCausalLM": Architecture(_read_llama, _write_llama, _lacks_llama),

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megapre.model.cache import KVCache
 from megapre.model.errors import ModelError
@@ -134,6 +135,6 @@ def candidates(logits_BV: Tensor, temperature: float, top_k: int, top_p: float) 
     count = min(top_k, logits_BV.shape[-1]) if top_k else logits_BV.shape[-1]
     ids_BC, probabilities_BC = scaled.indices[:, :count], scaled.values[:, :count].softmax(-1)
     # A token belongs to the smallest sufficient set if those before it do not suffice. The first always does.
-    before_BC = probabilities_BC.cumsum(-1) - probabilities_BC
+    before_BC = F.pad(probabilities_BC.cumsum(-1)[:, :-1], (1, 0))
     probabilities_BC = torch.where(before_BC < top_p, probabilities_BC, 0.0)
     return ids_BC, probabilities_BC / probabilities_BC.sum(-1, keepdim=True)
