@@ -104,13 +104,15 @@ class Mesh:
     def __str__(self) -> str:
         """A picture: a row for each pipeline stage, a column for each replica; long rows and columns are cut short."""
         sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, self.shape, strict=True))
+        if self.world == 1:
+            return "1 rank"
         rows, columns = _ends(self.pp, 4), _ends(self.dp, 3)
         table = [["", *("..." if dp is None else f"dp {dp}" for dp in columns)]]
         for pp in rows:
             table.append(["..." if pp is None else f"pp {pp}", *(self._cell(pp, dp) for dp in columns)])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["   ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in table]
-        title = f"{self.world} rank{'s' if self.world > 1 else ''} = {sizes}"
+        title = f"{self.world} ranks = {sizes}"
         return "\n".join([title, *(line.rstrip() for line in lines)])
 
     def _cell(self, pp: int | None, dp: int | None) -> str:

@@ -68,14 +68,14 @@ def test_picture() -> None:
         "8 ranks = pp 2 x dp 2 x cp 1 x tp 2\n       dp 0   dp 1\npp 0   0 1    2 3\npp 1   4 5    6 7"
     )
     assert str(Mesh(16, tp=2, cp=2, pp=2)).splitlines()[2] == "pp 0   0 1 | 2 3     4 5 | 6 7"
-    assert str(Mesh(1)).splitlines() == ["1 rank = pp 1 x dp 1 x cp 1 x tp 1", "       dp 0", "pp 0   0"]
+    assert str(Mesh(1)) == "1 rank"
 
 
 @given(meshes)
 def test_pictures_fit_a_terminal(mesh: Mesh) -> None:
     lines = str(mesh).splitlines()
     assert max(map(len, lines)) <= 100
-    assert lines[-1].split()[:2] == ["pp", str(mesh.pp - 1)]
+    assert mesh.world == 1 or lines[-1].split()[:2] == ["pp", str(mesh.pp - 1)]
 
 
 def test_what_cannot_be() -> None:

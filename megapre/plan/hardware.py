@@ -1,0 +1,61 @@
+"""Peak rates of accelerators, for MFU. Dense, never with 2:4 sparsity, at the maker's boost clock.
+
+A device is matched by the exact name that its driver reports, because a name that is merely alike is another machine: an
+H100 PCIe has 3/4 of the rate of an SXM one, an "H100 ... MIG 1g.10gb" a seventh, an A10G half of an A10. Unknown devices
+and CPUs have no row, and their MFU is null.
+"""
+
+from dataclasses import dataclass
+
+T, G = 10**12, 10**9
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peaks of one device: FLOP/s by dtype (fp32 accumulation; fp32 without TF32), memory bytes/s; None = has no such."""
+
+    names: tuple[str, ...]
+    bf16: float
+    fp32: float
+    fp8: float | None
+    bandwidth: float
+    source: str
+
+    def peak(self, dtype: str) -> float | None:
+        """FLOP/s in "bf16", "fp32" or "fp8"."""
+        return {"bf16": self.bf16, "fp32": self.fp32, "fp8": self.fp8}[dtype]
+
+
+A100 = "NVIDIA A100 datasheet (2021): 312 bf16, 19.5 fp32"
+H100 = "NVIDIA H100 datasheet (2023), halved where it counts sparsity"
+H200 = "NVIDIA H200 datasheet (2024), halved where it counts sparsity"
+BLACKWELL = "NVIDIA Blackwell architecture technical brief (2024), dense"
+ADA = "NVIDIA Ada GPU architecture whitepaper (2023), appendix A, fp32 accumulation, dense"
+AMPERE = "NVIDIA Ampere GA102 GPU architecture whitepaper (2021), appendix A, fp32 accumulation, dense"
+
+DEVICES = (
+    Device(("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"), 312 * T, 19.5 * T, None, 1555 * G, A100),
+    Device(("NVIDIA A100-PCIE-40GB", "A100-PCIE-40GB"), 312 * T, 19.5 * T, None, 1555 * G, A100),
+    Device(("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), 312 * T, 19.5 * T, None, 2039 * G, A100),
+    Device(("NVIDIA A100 80GB PCIe",), 312 * T, 19.5 * T, None, 1935 * G, A100),
+    Device(("NVIDIA H100 80GB HBM3", "NVIDIA H800"), 989.4 * T, 66.9 * T, 1978.9 * T, 3352 * G, H100),
+    Device(("NVIDIA H100 PCIe",), 756 * T, 51.2 * T, 1513 * T, 2039 * G, H100),
+    Device(("NVIDIA H100 NVL",), 835.5 * T, 60 * T, 1671 * T, 3938 * G, H100),
+    Device(("NVIDIA GH200 480GB",), 989.4 * T, 66.9 * T, 1978.9 * T, 4023 * G, "NVIDIA GH200 datasheet (2023), 96 GB"),
+    Device(("NVIDIA H200",), 989.4 * T, 66.9 * T, 1978.9 * T, 4800 * G, H200),
+    Device(("NVIDIA H200 NVL",), 835.5 * T, 60 * T, 1671 * T, 4800 * G, H200),
+    Device(("NVIDIA B200",), 2250 * T, 75 * T, 4500 * T, 8000 * G, BLACKWELL),
+    Device(("NVIDIA GB200",), 2500 * T, 80 * T, 5000 * T, 8000 * G, BLACKWELL),
+    Device(("NVIDIA L4",), 121 * T, 30.3 * T, 242.5 * T, 300 * G, "NVIDIA L4 datasheet (2023), halved"),
+    Device(("NVIDIA L40S",), 362 * T, 91.6 * T, 733 * T, 864 * G, "NVIDIA L40S datasheet (2023), dense"),
+    Device(("NVIDIA A10",), 125 * T, 31.2 * T, None, 600 * G, "NVIDIA A10 datasheet (2021), dense"),
+    Device(("NVIDIA A40",), 149.7 * T, 37.4 * T, None, 696 * G, "NVIDIA A40 datasheet (2021), dense"),
+    Device(("NVIDIA RTX A6000",), 154.8 * T, 38.7 * T, None, 768 * G, AMPERE),
+    Device(("NVIDIA GeForce RTX 3090",), 71 * T, 35.6 * T, None, 936 * G, AMPERE),
+    Device(("NVIDIA GeForce RTX 4090",), 165.2 * T, 82.6 * T, 330.3 * T, 1008 * G, ADA),
+)
+
+
+def find(name: str) -> Device | None:
+    """The row of the device whose driver reports `name`, or None: then nothing is claimed about it."""
+    return next((device for device in DEVICES if name in device.names), None)

@@ -1,0 +1,155 @@
+"""Bytes that training takes on one rank, by category.
+
+Two counts of activations live here. `layer_activations` counts what megapre's own layer keeps for its backward; a test
+holds it against autograd, byte for byte. `megatron_layer_activations` is the published count of a GPT layer with dropout
+and whole attention scores (Korthikanti et al. 2022), which published figures refer to.
+
+Legend: B micro-batch, S sequence, T = B*S tokens, H hidden, N query heads, K key-value heads, D head dim, F ffn width,
+Vp padded vocabulary, t tensor, p pipeline and d data parallel ranks.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Literal, TypeAlias
+
+from ..config import Config, Model
+from . import params
+
+ELEMENT = {"bf16": 2, "fp32": 4}
+MAX_LOGITS = {"cpu": 2**26, "cuda": 2**29}
+"""Elements of the largest chunk of logits that linear_cross_entropy makes, by device."""
+LOGITS_ROWS = 256
+"""Rows that a chunk has at least."""
+
+Recompute: TypeAlias = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the peak of a step."""
+
+    weights: int
+    gradients: int
+    master: int
+    moments: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+    def as_json(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
+
+
+def fullest_rank(cfg: Config, dp: int = 1, device: str = "cpu") -> Memory:
+    """Memory of the pipeline stage that needs most. `dp` counts all ranks that share gradients (dp * cp).
+
+    What the process itself takes (the interpreter, libraries, a CUDA context) and allocator fragmentation come on top.
+    """
+    return max(
+        (stage_memory(cfg, stage, dp, device) for stage in range(cfg.layout.pp)), key=lambda memory: memory.total
+    )
+
+
+def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu") -> Memory:
+    """Memory of one rank of pipeline stage `stage`.
+
+    States: 16-bit weights 2, fp32 gradients 4, fp32 master 4 and moments 8 bytes a parameter, the last two cut over
+    `dp`; fp32 weights are their own master.
+    """
+    model, layout = cfg.model, cfg.layout
+    first, last = stage == 0, stage == layout.pp - 1
+    held = stage_parameters(model, layout.tp, layout.pp, first, last)
+    element = ELEMENT[cfg.run.dtype]
+    tokens = cfg.batch.micro * cfg.batch.seq_length // layout.cp
+    one = layer_activations(model, tokens, element, layout.tp, layout.sequence_parallel)
+    in_flight = chunks_in_flight(cfg, stage, dp)
+    ends = 0
+    if first:  # tokens, as int64
+        ends += in_flight * 8 * tokens
+    if last:  # input of the last norm with its statistics, and the gradient that the loss hands back
+        ends += tokens * (2 * model.hidden * element + _norm_statistics(model, element))
+    return Memory(
+        weights=held * element,
+        gradients=held * 4,
+        master=0 if element == 4 else -(-held * 4 // dp),
+        moments=-(-held * 8 // dp),
+        activations=in_flight * (model.layers // (layout.pp * layout.vpp)) * one + ends,
+        logits=logits_bytes(model, tokens, element, layout.tp, device) if last else 0,
+    )
+
+
+def stage_parameters(model: Model, tp: int, pp: int, first: bool, last: bool) -> int:
+    """Parameters that one rank holds, padded rows of the vocabulary included. Both ends hold a tied embedding."""
+    one = params.layer(model, tp)
+    table = -(-model.vocab_padded // tp) * model.hidden
+    held = model.layers // pp * (one.attention + one.ffn + one.norms)
+    if first:
+        held += table + (model.context * model.hidden if model.positions == "learned" else 0)
+    if last:
+        held += params.norm(model) + (0 if model.tied and first else table)
+    return held
+
+
+def chunks_in_flight(cfg: Config, stage: int, dp: int = 1) -> int:
+    """Most chunk activations that a rank holds at a time.
+
+    GPipe: all m v. 1F1B: min(p - r, m). Interleaved: 2(p - r - 1) + (v - 1)p + 1, which on rank 0 is p(1 + (p-1)/(pv))
+    stages' worth (Narayanan et al. 2021).
+    """
+    layout = cfg.layout
+    micro_batches = cfg.batch.micro_batches(layout.dp or max(dp // layout.cp, 1))
+    if layout.schedule == "gpipe":
+        return micro_batches * layout.vpp
+    if layout.vpp == 1:
+        return min(layout.pp - stage, micro_batches)
+    warmup = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
+    return min(warmup, micro_batches * layout.vpp)
+
+
+def layer_activations(model: Model, tokens: int, element: int, tp: int = 1, sequence_parallel: bool = True) -> int:
+    """Bytes that one layer of megapre keeps of `tokens` tokens for its backward, on one of `tp` ranks.
+
+    Kept: the stream before each norm and the norm's output (4H); qkv (v is a view into it), and with rope the turned q
+    and k; the attention's output and its log-sum-exp; the ffn's inner values: before and after gelu, or gate and up,
+    silu(gate), and the product of the two.
+    """
+    q = model.heads // tp * model.head_dim
+    kv = max(model.kv_heads // tp, 1) * model.head_dim
+    f = model.ffn // tp
+    attention = (q + 2 * kv) + q + (q + kv if model.positions == "rope" else 0)
+    if model.qk_norm:  # q and k before and after their norms
+        attention += q + kv
+    ffn = 4 * f if model.gated else 2 * f
+    inner = element * (attention + ffn) + 4 * (model.heads // tp)
+    outer = element * 4 * model.hidden + 2 * _norm_statistics(model, element)
+    return tokens * inner + tokens * outer // (tp if sequence_parallel else 1)
+
+
+def _norm_statistics(model: Model, element: int) -> int:
+    """Bytes a token that a norm keeps: mean and 1/std, or 1/rms in fp32."""
+    return 2 * element if model.norm == "layernorm" else 4
+
+
+def logits_bytes(model: Model, tokens: int, element: int, tp: int = 1, device: str = "cpu") -> int:
+    """Bytes of head and loss at their peak: one chunk of logits, the head's gradient in fp32, and a chunk's share of it."""
+    columns = -(-model.vocab_padded // tp)
+    most = max(MAX_LOGITS[device] // max(columns, 1), LOGITS_ROWS)
+    chunks = max(-(-tokens // most), 1)
+    return element * -(-tokens // chunks) * columns + (4 + element) * columns * model.hidden
+
+
+def megatron_layer_activations(
+    tokens: int, seq_length: int, hidden: int, heads: int, tp: int, sequence_parallel: bool, recompute: Recompute
+) -> float:
+    """Korthikanti et al. 2022, table 2: bytes a GPT layer keeps in 16 bits, with dropout, F = 4H, whole scores.
+
+    none s b h (10 + 24/t + 5 a s / (h t)), with sequence parallelism all over t; selective drops the scores' term;
+    full keeps the layer's input, 2 s b h.
+    """
+    if recompute == "full":
+        return 2 * tokens * hidden
+    scores = 0 if recompute == "selective" else 5 * heads * seq_length / hidden
+    whole = 10 / tp if sequence_parallel else 10
+    return tokens * hidden * (whole + (24 + scores) / tp)
