@@ -1,0 +1,1 @@
+"""The optimizer over flat buffers, learning-rate schedules, and gradient clipping."""

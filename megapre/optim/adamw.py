@@ -1,0 +1,64 @@
+"""AdamW (Loshchilov and Hutter 2019) over the flat buffers of `FlatParameters`, one fused call per group.
+
+Everything that changes from step to step (learning rate, update count, clip factor, whether to skip) is a 0-dim tensor
+on the device, so that a step is the same sequence of kernels each time and the host never waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megapre.config import Optim
+
+
+class Flat(Protocol):
+    """Flat buffers of equal length that share a weight decay setting; `master` is `param` itself in fp32 runs."""
+
+    decays: bool
+    param: Tensor
+    master: Tensor
+    grad: Tensor
+
+
+class AdamW:
+    """Moments for every group, and the update. `adamw_` is the op of megapre.kernels.
+
+    `updates` (0-dim fp32, on the device) counts updates made. A skipped step does not count, so bias correction stays
+    exact. fp32 holds integers to 16.7 million, beyond any run, and 1 - beta**t is 1 long before.
+    """
+
+    def __init__(self, groups: Sequence[Flat], optim: Optim, adamw_: Callable[..., object]) -> None:
+        self.groups = tuple(groups)
+        self.optim = optim
+        self.adamw_ = adamw_
+        self.exp_avg = [torch.zeros_like(group.master) for group in self.groups]
+        self.exp_avg_sq = [torch.zeros_like(group.master) for group in self.groups]
+        device = self.groups[0].param.device
+        self.lr = torch.zeros((), device=device)
+        self.updates = torch.zeros((), device=device)
+
+    def step(self, lr: float, grad_scale: Tensor | None, found_inf: Tensor) -> None:
+        """One update with the gradients in the flat buffers, times `grad_scale`; none at all where `found_inf` is 1."""
+        self.lr.fill_(lr)
+        self.updates.add_(1.0 - found_inf)
+        for group, exp_avg, exp_avg_sq in zip(self.groups, self.exp_avg, self.exp_avg_sq, strict=True):
+            self.adamw_(
+                group.param,
+                group.master,
+                exp_avg,
+                exp_avg_sq,
+                group.grad,
+                lr=self.lr,
+                step=self.updates,
+                beta1=self.optim.beta1,
+                beta2=self.optim.beta2,
+                eps=self.optim.eps,
+                weight_decay=self.optim.weight_decay if group.decays else 0.0,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+            )

@@ -1,0 +1,108 @@
+"""Times the training step itself, the same `Engine.step` that `megapre train` runs.
+
+Tokens are made up (uniform, from a fixed seed) unless the recipe names data that is there; a step costs the same either
+way. Steps are timed one by one and the device is waited for only at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from statistics import quantiles
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megapre import __version__
+from megapre.data import GlobalBatch, MicroBatch, build_loader
+from megapre.optim.schedules import lr_at
+
+from . import machine
+from .metrics import bytes_text, percent_text
+from .planned import plan_of
+from .settle import data_prefixes, refuse_layout, settle
+from .step import Engine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from megapre.config import Config
+
+VOCAB = 50257  # of made-up tokens when the recipe leaves the vocabulary to its data: GPT-2's
+
+
+def step(cfg: Config, steps: int = 10, warmup: int = 3, json_path: str | Path | None = None) -> dict[str, Any]:
+    """Runs `warmup` + `steps` training steps of `cfg`, prints and returns their timing; `json_path` gets it too.
+
+    Keys: step_s p20, p50, p80 (seconds), tokens_per_s (at the median), mfu (fraction or null), peak_memory_bytes.
+    """
+    device = machine.prepare(cfg.run)
+    real = bool(data_prefixes(cfg)) and all(Path(f"{prefix}.idx").exists() for prefix in data_prefixes(cfg))
+    if real:
+        cfg, _ = settle(cfg)
+    else:
+        refuse_layout(cfg)
+        cfg = cfg if cfg.model.vocab else cfg.with_vocab(VOCAB)
+    batches = iter(build_loader(cfg, "train")) if real else made_up(cfg)
+    engine = Engine(cfg, device)
+    marks = []
+    for number in range(1, warmup + steps + 1):
+        begin = machine.now(device)
+        result = engine.step(next(batches), lr_at(number, cfg.optim, cfg.run.steps))
+        marks.append((begin, machine.now(device)))
+    loss = float(result.loss)
+    times = [machine.seconds(*mark) for mark in marks[warmup:]]
+    p20, p50, p80 = percentiles(times)
+    tokens_per_s = cfg.batch.tokens / p50
+    mfu, memory = plan_of(cfg, device).mfu(tokens_per_s), machine.peak_memory(device)
+    found = {
+        "recipe": cfg.name,
+        "device": machine.describe(device),
+        "torch": torch.__version__,
+        "megapre": __version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "dtype": cfg.run.dtype,
+        "compile": cfg.run.compile,
+        "kernels": engine.ops.names,
+        "tokens": "data" if real else "made up",
+        "micro_batch": cfg.batch.micro,
+        "global_batch": cfg.batch.global_,
+        "seq_length": cfg.batch.seq_length,
+        "parameters": len(engine.flat),
+        "warmup": warmup,
+        "steps": steps,
+        "step_s": {"p20": p20, "p50": p50, "p80": p80},
+        "tokens_per_s": tokens_per_s,
+        "mfu": mfu,
+        "peak_memory_bytes": memory,
+        "last_loss": loss,
+    }
+    print(
+        f"{cfg.name} on {machine.describe(device)}: step {p50 * 1e3:.1f} ms "
+        f"(p20 {p20 * 1e3:.1f}, p80 {p80 * 1e3:.1f}) | {tokens_per_s:,.0f} tok/s | mfu {percent_text(mfu)} | "
+        f"peak memory {bytes_text(memory)}"
+    )
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def made_up(cfg: Config) -> Iterator[GlobalBatch]:
+    """Endless batches of uniform tokens; eight different ones, made once, so that making them is not timed."""
+    generator = torch.Generator().manual_seed(cfg.data.seed)
+    shape = (8, cfg.batch.micro_batches(dp=1), cfg.batch.micro, cfg.batch.seq_length + 1)
+    lines = torch.randint(cfg.model.vocab, shape, generator=generator)
+    while True:
+        for line in lines:
+            parts = tuple(MicroBatch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), None, None) for t in line)
+            yield GlobalBatch(parts, cfg.batch.tokens, cfg.batch.global_)
+
+
+def percentiles(times: list[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80; all the same for a single time."""
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    cuts = quantiles(times, n=10, method="inclusive")
+    return cuts[1], cuts[4], cuts[7]

@@ -1,0 +1,151 @@
+"""The run folder: everything a run leaves behind, and nowhere else.
+
+    runs/<name>/
+        config.toml          the resolved config: alone it reproduces the run
+        plan.json            what was predicted before step 1
+        summary.json         what was measured, beside it (written at the end)
+        metrics.jsonl        one object a step, one a validation
+        tokenizer.json       copy of the tokenizer (or tokenizer.model)
+        checkpoints/         step_00000100/ ...
+        logs/rank0.log       what was printed
+        tensorboard/         events
+        loss.png             the loss curve (written at the end)
+
+One process owns a run folder at a time: it holds a lock on `.lock`, which the kernel frees when the process ends,
+however it ends. A new folder whose run fails before its first step is removed again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Self
+
+from megapre.config import load, to_toml
+from megapre.errors import UserError
+
+if TYPE_CHECKING:
+    from megapre.config import Config
+
+METRICS = "metrics.jsonl"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+class RunFolderError(UserError):
+    """The run folder exists already, is in use, cannot be written, or is no run folder."""
+
+
+class RunFolder:
+    """A run folder held for writing. Raises RunFolderError as told in the module's text."""
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+        self._resumed = resume
+        used = path.exists() and (not path.is_dir() or any(p.name != ".lock" for p in path.iterdir()))
+        if used and not resume:
+            raise RunFolderError(
+                f"run folder {path} exists already; continue that run with --resume, or choose another name=... or "
+                f"run.dir=..., or delete the folder"
+            )
+
+    def __enter__(self) -> Self:
+        try:
+            for sub in (self.path, self.checkpoints, self.path / "logs"):
+                sub.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RunFolderError(f"run folder {self.path} cannot be written: {error.strerror or error}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunFolderError(f"run folder {self.path} is in use by another process") from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        assert self._lock is not None, "left before it was entered"
+        if error is not None and not self._resumed and not self.metrics.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+    @property
+    def log(self) -> Path:
+        return self.path / "logs" / "rank0.log"
+
+    def begin(self, cfg: Config, plan: Any, tokenizer: Path | None) -> None:
+        """Writes what a run knows before its first step: config.toml, plan.json and a copy of the tokenizer."""
+        self._write_config(cfg)
+        self.write_json("plan.json", plan)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, self.path / f"tokenizer{tokenizer.suffix}")
+
+    def _write_config(self, cfg: Config) -> None:
+        """Writes config.toml. A different one that is there, from before a resume, is kept as config.1.toml, ..."""
+        text, file = to_toml(cfg), self.path / "config.toml"
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            number = 1 + sum(1 for _ in self.path.glob("config.*.toml"))
+            file.rename(self.path / f"config.{number}.toml")
+        write_whole(file, text)
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_whole(self.path / name, json.dumps(value, indent=1) + "\n")
+
+    def cut_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Drops the records after `step` and a torn last line, so that no step is there twice; returns the rest."""
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        if self.metrics.exists():
+            write_whole(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        return kept
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl in order; a line that a killed process left unfinished is passed over."""
+    file = run / METRICS
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def open_run(path: Path) -> Config:
+    """The config of an existing run folder. Raises RunFolderError where there is none."""
+    file = path / "config.toml"
+    if not file.is_file():
+        raise RunFolderError(f"{path} is no run folder: it has no config.toml")
+    return load(str(file))
+
+
+def tokenizer_file(run: Path) -> Path:
+    """The tokenizer's copy in a run folder. Raises RunFolderError where there is none."""
+    for name in TOKENIZERS:
+        if (run / name).is_file():
+            return run / name
+    raise RunFolderError(f"run folder {run} holds no tokenizer ({' or '.join(TOKENIZERS)}): its data had none")
+
+
+def config_hash(cfg: Config) -> str:
+    """SHA-256 of the config's TOML text."""
+    return hashlib.sha256(to_toml(cfg).encode()).hexdigest()
+
+
+def write_whole(file: Path, text: str) -> None:
+    """The file has its old content or `text`, never a part of it."""
+    temporary = file.with_name(f".{file.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)

@@ -1,0 +1,108 @@
+"""The device a run computes on: choice, settings, clock and memory gauge."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from megapre.errors import UserError
+
+if TYPE_CHECKING:
+    from megapre.config import Run
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# mallopt parameters of glibc's <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+class DeviceError(UserError):
+    """The asked-for device is not there."""
+
+
+def prepare(run: Run) -> torch.device:
+    """Chooses the device and applies `run.threads`, `run.deterministic` and `run.seed`. Raises DeviceError."""
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"run.device = cuda, but torch {torch.__version__} sees no CUDA device; set run.device=cpu or auto"
+        )
+    kind = "cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(run.seed)
+    if kind == "cpu":
+        keep_freed_memory()
+        return torch.device("cpu")
+    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32: the parity proofs rest on it
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory instead of returning each large tensor to the kernel.
+
+    torch has no caching allocator on the CPU, so that without this every large activation of every step is mapped,
+    zeroed and faulted in page by page anew. Elsewhere than on glibc nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1 & 0x7FFFFFFF)
+
+
+Mark = float | torch.cuda.Event
+
+
+def now(device: torch.device) -> Mark:
+    """A point in the device's time, without waiting for it: on CUDA an event in the current stream."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds(begin: Mark, end: Mark) -> float:
+    """Time from `begin` to `end`; on CUDA this waits until the device has passed `end`."""
+    if isinstance(begin, float) or isinstance(end, float):
+        assert isinstance(begin, float) and isinstance(end, float), "marks of two devices"
+        return end - begin
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: torch's peak allocation on CUDA, the peak resident set of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe(device: torch.device) -> str:
+    """The device's own name, such as `NVIDIA H200` or `AMD EPYC`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if sys.platform.startswith("linux") else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory_size(device: torch.device) -> int:
+    """Bytes of memory that the device has, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

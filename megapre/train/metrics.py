@@ -1,0 +1,228 @@
+"""What a run reports of its steps: the step line, metrics.jsonl, TensorBoard.
+
+Values of a step stay on the device until a step logs; then all that have gathered come over in one transfer, and
+metrics.jsonl gets one object for every one of them:
+
+    step, consumed_samples, consumed_tokens, loss (nats a token), grad_norm (before clipping), lr, step_time_s,
+    tokens_per_s, mfu (fraction, or null where the device's peak is unknown), memory_bytes (peak), skipped_steps (so
+    far)
+
+loss and grad_norm are null where they were not finite: JSON has no NaN. A validation writes an object of its own: step,
+consumed_samples, consumed_tokens, valid_loss, valid_tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import fmean, median, pstdev
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from . import machine
+
+if TYPE_CHECKING:
+    from .step import StepResult
+
+WINDOW = 128  # steps that the z-score of a loss and the ETA look back on
+ENOUGH = 16  # steps below which a standard deviation says nothing
+
+
+class Timed(NamedTuple):
+    """A step whose values are still on the device."""
+
+    step: int
+    lr: float
+    result: StepResult
+    begin: machine.Mark
+    end: machine.Mark
+
+
+class Record(NamedTuple):
+    """A finished step in plain numbers. `loss` and `grad_norm` may be NaN or infinite here."""
+
+    step: int
+    consumed_samples: int
+    consumed_tokens: int
+    loss: float
+    grad_norm: float
+    lr: float
+    step_time_s: float
+    tokens_per_s: float
+    mfu: float | None
+    memory_bytes: int
+    skipped_steps: int
+    skipped: bool
+
+    def as_json(self) -> dict[str, Any]:
+        values = self._asdict()
+        del values["skipped"]
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+class Meter:
+    """Turns timed steps into records."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        sequences_per_step: int,
+        seq_length: int,
+        mfu: Callable[[float], float | None],
+        skipped_steps: int = 0,
+    ) -> None:
+        """`mfu` maps tokens/s to the fraction of the device's peak."""
+        self.device = device
+        self.sequences, self.seq_length = sequences_per_step, seq_length
+        self.mfu = mfu
+        self.skipped_steps = skipped_steps
+        self.waiting: list[Timed] = []
+
+    def add(self, timed: Timed) -> None:
+        self.waiting.append(timed)
+
+    def collect(self, consumed_samples: int) -> list[Record]:
+        """Records of all waiting steps; `consumed_samples` is the count after the last one. Waits for the device."""
+        if not self.waiting:
+            return []
+        values = torch.stack([torch.stack(timed.result) for timed in self.waiting]).tolist()
+        memory = machine.peak_memory(self.device)
+        records = []
+        for back, (timed, (loss, norm, skipped)) in enumerate(zip(self.waiting, values, strict=True)):
+            samples = consumed_samples - (len(values) - 1 - back) * self.sequences
+            duration = machine.seconds(timed.begin, timed.end)
+            tokens_per_s = self.sequences * self.seq_length / duration
+            self.skipped_steps += int(skipped)
+            records.append(
+                Record(
+                    step=timed.step,
+                    consumed_samples=samples,
+                    consumed_tokens=samples * self.seq_length,
+                    loss=loss,
+                    grad_norm=norm,
+                    lr=timed.lr,
+                    step_time_s=duration,
+                    tokens_per_s=tokens_per_s,
+                    mfu=self.mfu(tokens_per_s),
+                    memory_bytes=memory,
+                    skipped_steps=self.skipped_steps,
+                    skipped=bool(skipped),
+                )
+            )
+        self.waiting = []
+        return records
+
+
+class StepLine:
+    """Writes records as lines. Knows the last losses and step times, for the z-score and the ETA."""
+
+    def __init__(self, steps: int, device: torch.device, earlier_losses: Iterable[float] = ()) -> None:
+        self.steps = steps
+        self.per_device = "tok/s/gpu" if device.type == "cuda" else "tok/s"
+        self.losses = deque(earlier_losses, maxlen=WINDOW)
+        self.times: deque[float] = deque(maxlen=WINDOW)
+
+    def see(self, record: Record) -> str:
+        """The line of `record`, whose loss is compared with the window before it."""
+        z = self._z(record.loss)
+        if math.isfinite(record.loss):
+            self.losses.append(record.loss)
+        self.times.append(record.step_time_s)
+        width = len(str(self.steps))
+        left = (self.steps - record.step) * median(self.times)
+        return " | ".join(
+            [
+                f"step {record.step:>{width}}/{self.steps}",
+                f"loss {record.loss:.4f}{z}",
+                f"gnorm {record.grad_norm:.2f}",
+                f"lr {_rate(record.lr)}",
+                f"{_milliseconds(record.step_time_s)}",
+                f"{_short(record.tokens_per_s)} {self.per_device}",
+                f"mfu {percent_text(record.mfu)}",
+                f"mem {bytes_text(record.memory_bytes)}",
+                f"eta {duration_text(left)}",
+            ]
+        )
+
+    def _z(self, loss: float) -> str:
+        if len(self.losses) < ENOUGH:
+            return ""
+        deviation = pstdev(self.losses)
+        return f" ({(loss - fmean(self.losses)) / deviation:+.1f}z)" if deviation > 0 else ""
+
+
+class Journal:
+    """metrics.jsonl and TensorBoard. TensorBoard is imported at the first event, after the first step line is out."""
+
+    def __init__(self, metrics: Path, tensorboard: Path | None, warn: Callable[[str], None], purge_step: int) -> None:
+        """`tensorboard`: folder for events, or None. Events there from `purge_step` on are void (a resumed run)."""
+        self.file: IO[str] = metrics.open("a", encoding="utf-8")
+        self.tensorboard, self.warn, self.purge_step = tensorboard, warn, purge_step
+        self.events: Any = None
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.tensorboard is not None and self.events is None:
+            self._open_events(self.tensorboard)
+        if self.events is not None:
+            for name, value in record.items():
+                if name not in ("step", "consumed_samples", "valid_tokens") and value is not None:
+                    self.events.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.events is not None:
+            self.events.close()
+
+    def _open_events(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.tensorboard = None
+            self.warn("TensorBoard is not installed, no events are written; pip install 'megapre[observe]'")
+            return
+        self.events = SummaryWriter(str(folder), purge_step=self.purge_step)
+
+
+def _rate(lr: float) -> str:
+    """3.0e-4, without the padding zero of Python's exponent."""
+    mantissa, _, exponent = f"{lr:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def _short(number: float) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= limit:
+            return f"{number / (1e3 if unit == 'k' else limit):.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def percent_text(share: float | None) -> str:
+    return "n/a" if share is None else f"{share:.1%}"
+
+
+def bytes_text(count: float) -> str:
+    """61.4G: binary units, as device memory is sold and reported."""
+    for power, unit in ((30, "G"), (20, "M")):
+        if count >= 2**power:
+            return f"{count / 2**power:.1f}{unit}"
+    return f"{count / 2**10:.1f}K"
+
+
+def duration_text(seconds: float) -> str:
+    """1h08m, 3m05s, 42s."""
+    whole = round(seconds)
+    if whole >= 86400:
+        return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"

@@ -1,0 +1,44 @@
+"""The plan of a run on the device at hand: shown before step 1, held against what was measured at the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megapre import plan
+from megapre.errors import UserError
+from megapre.mesh import Mesh
+
+from . import machine
+from .metrics import bytes_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from megapre.config import Config
+
+
+class TooLarge(UserError):
+    """The model's weights and optimizer alone exceed the memory of the device."""
+
+
+def plan_of(cfg: Config, device: torch.device) -> plan.Plan:
+    """The prediction for one rank on `device`. Raises TooLarge where not even the parameters' state would fit."""
+    found = plan.predict(cfg, Mesh(1), device.type, machine.describe(device))
+    memory = found.memory
+    state = memory.weights + memory.gradients + memory.master + memory.moments
+    room = machine.memory_size(device)
+    if state > room:
+        raise TooLarge(
+            f"model: {sum(found.parameters):,} parameters take {bytes_text(state)} for weights, gradients, master "
+            f"weights and moments alone, but {found.device} has {bytes_text(room)}; choose a smaller model"
+        )
+    return found
+
+
+def box(found: plan.Plan, kernels: dict[str, str], run_folder: str) -> str:
+    """The boxed plan with this machine's kernels and the folder of the run."""
+    by_name: dict[str, list[str]] = {}
+    for op, name in kernels.items():
+        by_name.setdefault(name, []).append(op)
+    used = "\n".join(f"{name}: {', '.join(ops)}" for name, ops in sorted(by_name.items()))
+    return plan.render(found, {"kernels": used, "run folder": run_folder})

@@ -1,0 +1,111 @@
+"""A run's checkpoints: writing them without endangering the run, and going on from the newest whole one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from megapre import checkpoint
+from megapre.checkpoint.state import rng_tensors, set_rng, training_tensors
+from megapre.errors import UserError
+
+from .folder import config_hash, open_run
+from .metrics import bytes_text, duration_text
+
+if TYPE_CHECKING:
+    from megapre.config import Config
+
+    from .folder import RunFolder
+    from .screen import Screen
+    from .step import Engine
+
+
+FIXED = ("run.dtype", "batch.global", "batch.seq_length")  # beside the model; what else changes is reported
+
+
+class ResumeError(UserError):
+    """A run cannot go on with this config."""
+
+
+@dataclass
+class Progress:
+    """How far a run is. With the config, all that data order and learning rate depend on."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    skipped_steps: int = 0
+
+
+class Saver:
+    def __init__(self, engine: Engine, folder: RunFolder, screen: Screen) -> None:
+        self.engine, self.folder, self.screen = engine, folder, screen
+        self.saved_step: int | None = None
+
+    def save(self, progress: Progress) -> bool:
+        """Commits a checkpoint and removes the oldest beyond `checkpoint.keep`. A failure is reported, not raised."""
+        begin = time.perf_counter()
+        engine, cfg = self.engine, self.engine.cfg
+        tensors = training_tensors(engine.model, engine.flat, engine.optimizer) | rng_tensors(engine.device)
+        facts = asdict(progress) | {"config_sha256": config_hash(cfg)}
+        try:
+            path = checkpoint.save(self.folder.checkpoints, progress.step, tensors, facts)
+            removed = checkpoint.retain(self.folder.checkpoints, cfg.checkpoint.keep)
+        except (checkpoint.CheckpointError, OSError) as error:
+            self.screen.say(f"checkpoint failed, training goes on: {error}")
+            return False
+        self.saved_step = progress.step
+        size = bytes_text(sum(file.stat().st_size for file in path.iterdir()))
+        gone = f", removed {', '.join(p.name for p in removed)}" if removed else ""
+        self.screen.say(f"saved {path} ({size}, {duration_text(time.perf_counter() - begin)}{gone})")
+        return True
+
+    def restore(self) -> Progress:
+        """Loads the newest whole checkpoint into the engine and cuts metrics.jsonl back to it.
+
+        A run without any checkpoint begins at its first step. Raises ResumeError where the config now describes another
+        model, and CheckpointError where there are checkpoints but none is whole.
+        """
+        engine = self.engine
+        self._compare_configs(engine.cfg)
+        manifest = checkpoint.newest_verified(self.folder.checkpoints, self.screen.say)
+        if manifest is None:
+            self.screen.say(f"{self.folder.path} holds no checkpoint yet: beginning at step 1")
+            self.folder.cut_metrics(0)
+            return Progress()
+        rng = rng_tensors(engine.device)
+        tensors = training_tensors(engine.model, engine.flat, engine.optimizer) | rng
+        checkpoint.load(manifest, tensors)
+        set_rng(rng, engine.device)
+        facts = manifest.facts
+        progress = Progress(facts["step"], facts["consumed_samples"], facts["skipped_steps"])
+        self.folder.cut_metrics(progress.step)
+        self.saved_step = progress.step
+        self.screen.say(f"going on from {manifest.path}, {progress.consumed_samples} samples consumed")
+        return progress
+
+    def _compare_configs(self, cfg: Config) -> None:
+        if not (self.folder.path / "config.toml").exists():
+            return
+        before, now = _knobs(open_run(self.folder.path)), _knobs(cfg)
+        changes = {
+            key: f"{key} {before.get(key)} -> {now.get(key)}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        }
+        fixed = [text for key, text in changes.items() if key.startswith("model.") or key in FIXED]
+        if fixed:
+            raise ResumeError(
+                f"the run in {self.folder.path} cannot go on with {'; '.join(fixed)}: model, dtype and batch size are its "
+                f"own. Resume it with {self.folder.path / 'config.toml'}, or begin a new run under another name"
+            )
+        if changes:
+            self.screen.say(f"resuming with changes: {'; '.join(changes.values())}")
+
+
+def _knobs(cfg: Config) -> dict[str, Any]:
+    """Every knob of a config by dotted name."""
+    knobs: dict[str, Any] = {}
+    for section, value in cfg.model_dump(mode="json", by_alias=True).items():
+        knobs |= {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
+    return knobs

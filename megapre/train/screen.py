@@ -1,0 +1,55 @@
+"""Where a run's lines go: the terminal with a progress bar under them, or plainly into a pipe; and always the log."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+class Screen:
+    """Prints to standard output and appends to `log`. On a terminal a bar shows how far the run is."""
+
+    def __init__(self, log: Path) -> None:
+        self._log: IO[str] = log.open("a", encoding="utf-8")
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.finish()
+        self._log.close()
+
+    def begin(self, done: int, steps: int) -> None:
+        """Shows the bar, if there is a terminal to show it on."""
+        if not sys.stdout.isatty():
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
+        self._bar = Progress(*columns, transient=True, redirect_stdout=False, redirect_stderr=False)
+        self._task = self._bar.add_task("steps", total=steps, completed=done)
+        self._bar.start()
+
+    def advance(self, done: int) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done)
+
+    def say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,67 @@
+"""Settles what a config leaves to its data, and refuses what this trainer cannot run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megapre.data import DataError, sidecar_of, tokenizer_path
+from megapre.errors import UserError
+
+if TYPE_CHECKING:
+    from megapre.config import Config
+
+
+class LayoutError(UserError):
+    """The layout asks for more ranks than this trainer runs."""
+
+
+def settle(cfg: Config) -> tuple[Config, Path | None]:
+    """The config with its vocabulary known, and the file of the tokenizer (None where nothing names one).
+
+    The vocabulary is that of the data's sidecars. Raises LayoutError, and DataError where data and model do not fit.
+    """
+    refuse_layout(cfg)
+    prefixes = data_prefixes(cfg)
+    if not prefixes:
+        raise DataError(
+            'no data is named; set data.train to the prefix of a .bin and .idx, as in data.train=["corpus"]'
+        )
+    sidecar = sidecar_of(cfg.data)
+    if sidecar is not None and cfg.model.vocab == 0:
+        cfg = cfg.with_vocab(sidecar.vocab_size)
+    if cfg.model.vocab == 0:
+        raise DataError(
+            f"model.vocab = 0 takes the vocabulary from the data, but {prefixes[0]} has no sidecar "
+            f"({prefixes[0]}.meta.json); set model.vocab"
+        )
+    if sidecar is not None and cfg.model.vocab < sidecar.vocab_size:
+        raise DataError(
+            f"model.vocab = {cfg.model.vocab} is smaller than the vocabulary of {sidecar.vocab_size} tokens that "
+            f"{prefixes[0]} was written with; set model.vocab to 0 (take it from the data) or to at least "
+            f"{sidecar.vocab_size}"
+        )
+    if cfg.data.tokenizer:
+        return cfg, Path(cfg.data.tokenizer)
+    named = (tokenizer_path(prefix) for prefix in prefixes)
+    return cfg, next((path for path in named if path is not None and path.is_file()), None)
+
+
+def refuse_layout(cfg: Config) -> None:
+    """This trainer is one rank. Raises LayoutError for a layout or a launcher that means more."""
+    layout = cfg.layout
+    sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "dp": layout.dp or 1}
+    above = ", ".join(f"{axis} = {size}" for axis, size in sizes.items() if size > 1)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if above or world > 1:
+        what = f"layout: {above}" if above else f"WORLD_SIZE = {world} (set by a launcher)"
+        raise LayoutError(
+            f"{what}: `megapre train` runs one rank; set tp, pp, vpp, cp and dp to 1 and start one process"
+        )
+
+
+def data_prefixes(cfg: Config) -> list[str]:
+    """Every dataset a run reads, each once."""
+    sources = [*cfg.data.train, *(source for stage in cfg.data.stages for source in stage.train), *cfg.data.valid]
+    return list(dict.fromkeys(source.prefix for source in sources))
