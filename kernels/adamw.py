@@ -27,10 +27,9 @@ def _check(param: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, g
             f"adamw_: param, master, exp_avg, exp_avg_sq and grad must be flat and of one length; they are "
             f"{[tuple(t.shape) for t in (param, master, exp_avg, exp_avg_sq, grad)]}"
         )
-    if not master.dtype == exp_avg.dtype == exp_avg_sq.dtype:
-        raise ValueError(
-            f"adamw_: master and moments must share a dtype; they are {[t.dtype for t in (master, exp_avg, exp_avg_sq)]}"
-        )
+    dtypes = [t.dtype for t in (master, exp_avg, exp_avg_sq)]
+    if len(set(dtypes)) != 1:
+        raise ValueError(f"adamw_: master and moments must share a dtype; they are {dtypes}")
 
 
 @torch.no_grad()

@@ -6,20 +6,22 @@
 Query i of Sq stands at position i + Sk - Sq among the keys (a KV cache has more keys than queries). It may see key j if
     causal      j <= i + Sk - Sq
     window w    |i + Sk - Sq - j| < w: itself and the w - 1 before it (without causal also the w - 1 after it)
-    cu_seqlens  i and j belong to one document. cu_seqlens [documents + 1] int32 counts over the flattened B*S tokens, from
-                0 to B*S; a row of the batch is a boundary too. Needs Sq = Sk.
+    cu_seqlens  i and j belong to one document. cu_seqlens [documents + 1] int32 counts over the flattened B*S tokens,
+                from 0 to B*S; the end of a row of the batch is a boundary too. Needs Sq = Sk.
 
-Shapes   q, o [B, Sq, N, D]; k, v [B, Sk, K, D], head n uses key head n // (N / K) (Ainslie et al. 2023); lse [B, N, Sq] fp32.
+Shapes   q, o [B, Sq, N, D]; k, v [B, Sk, K, D]; lse [B, N, Sq] fp32. Head n of q uses head n // (N / K) of k and v
+         (Ainslie et al. 2023).
 Forward  4 D FLOPs per (query, visible key, head). Backward 10 D: five products, one of which is the forward's again.
 Bytes    q, k, v, o once forward; these and do, dq, dk, dv backward. Scores never leave the chip in a fused kernel.
 Floor    products: FLOPs / product rate, for all but the shortest sequences.
 
 SDPA is torch's registered op: fake tensors, autograd and torch.compile come with it, and on CUDA it picks cuDNN,
-FlashAttention or the memory-efficient kernel by itself. Documents on the CPU are cut apart and attended one by one: exact,
-and the work is the sum of the squared document lengths, not the square of the sum.
+FlashAttention or the memory-efficient kernel by itself. Documents on the CPU are cut apart and attended one by one:
+exact, and the work is the sum of the squared document lengths, not the square of the sum.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ def reference(
     """Plain torch with whole fp32 scores, the definition of correct. Returns o, or (o, lse), o in the dtype of q.
 
     scale None means 1 / sqrt(D). ValueError when shapes disagree, N is no multiple of K, Sq > Sk, window < 1, or
-    cu_seqlens is given with Sq != Sk.
+    cu_seqlens is given with Sq != Sk or (looked at on the CPU only) does not rise from 0 to B*S.
     """
     _check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
     with torch.autocast(q_BSND.device.type, enabled=False):
@@ -54,9 +56,8 @@ def reference(
         mask = visible(q_BSND, k_BSKD, causal, cu_seqlens, window)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
-        lse = torch.logsumexp(scores, dim=-1)
-        o = (torch.exp(scores - lse.unsqueeze(-1)) @ v).transpose(1, 2).to(q_BSND.dtype)
-    return (o, lse) if return_lse else o
+        o = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).to(q_BSND.dtype)
+    return (o, torch.logsumexp(scores, dim=-1)) if return_lse else o
 
 
 def sdpa(
@@ -69,12 +70,12 @@ def sdpa(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Through F.scaled_dot_product_attention, which gives no lse: return_lse is served by `reference`. As `reference`."""
+    """Through F.scaled_dot_product_attention. As `reference`, which serves return_lse, for SDPA gives none."""
     if return_lse:
         return reference(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale, return_lse)
     _check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
     if cu_seqlens is not None and q_BSND.device.type == "cpu" and not torch.compiler.is_compiling():
-        lengths = _segments(cu_seqlens, q_BSND.shape[0], q_BSND.shape[1])
+        lengths = _segments(cu_seqlens.tolist(), q_BSND.shape[1])
         if len(lengths) > q_BSND.shape[0]:
             return _by_document(q_BSND, k_BSKD, v_BSKD, lengths, causal, window, scale)
         cu_seqlens = None
@@ -112,14 +113,10 @@ def _by_document(
     return torch.cat(parts).view(q.shape)
 
 
-def _segments(cu_seqlens: Tensor, batch: int, seq_length: int) -> list[int]:
-    """Lengths of the pieces of documents, cut at the ends of rows too. ValueError when cu_seqlens does not fit."""
-    tokens = batch * seq_length
-    ends = cu_seqlens.tolist()
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
-        raise ValueError(f"attention: cu_seqlens must rise from 0 to B*S = {tokens}; it is {ends[:3]} .. {ends[-3:]}")
-    cuts = sorted({*ends, *range(0, tokens, max(seq_length, 1))})
-    return [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+def _segments(ends: list[int], seq_length: int) -> list[int]:
+    """Lengths of the pieces of documents, cut at the ends of rows too."""
+    cuts = sorted({*ends, *range(0, ends[-1], max(seq_length, 1))})
+    return [b - a for a, b in pairwise(cuts)]
 
 
 def visible(
@@ -162,5 +159,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: i
         raise ValueError(f"attention: {q.shape[1]} queries but only {k.shape[1]} keys; Sq <= Sk is needed")
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}; a query sees at least itself, so window >= 1")
-    if cu_seqlens is not None and q.shape[1] != k.shape[1]:
+    if cu_seqlens is None:
+        return
+    if q.shape[1] != k.shape[1]:
         raise ValueError(f"attention: documents (cu_seqlens) need Sq = Sk; they are {q.shape[1]} and {k.shape[1]}")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # to look would cost a host sync
+    ends, tokens = cu_seqlens.tolist(), q.shape[0] * q.shape[1]
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in pairwise(ends)):
+        raise ValueError(f"attention: cu_seqlens must rise from 0 to B*S = {tokens}; it is {ends[:3]} .. {ends[-3:]}")

@@ -47,11 +47,14 @@ def _losses_and_lse(
 ) -> tuple[Tensor, Tensor]:
     logits = logits_TV[:, :vocab].to(wide(logits_TV.dtype))
     valid = labels_T != ignore_index
-    lse = torch.logsumexp(logits, dim=-1)
-    target = logits.gather(1, labels_T.where(valid, 0).unsqueeze(1)).squeeze(1)
-    losses = lse - target
+    # Differences to the largest logit: of lse and a target of 1e4 only the leading digits would be left otherwise.
+    top = logits.detach().amax(-1, keepdim=True)
+    below = logits - top
+    lse_below = torch.logsumexp(below, dim=-1)
+    lse = lse_below + top.squeeze(1)
+    losses = lse_below - below.gather(1, labels_T.where(valid, 0).unsqueeze(1)).squeeze(1)
     if label_smoothing:
-        losses = (1.0 - label_smoothing) * losses + label_smoothing * (lse - logits.mean(-1))
+        losses = (1.0 - label_smoothing) * losses + label_smoothing * (lse_below - below.mean(-1))
     if z_loss:
         losses = losses + z_loss * lse.square()
     return losses.where(valid, 0.0), lse
@@ -74,7 +77,9 @@ def native(
 def check(shape: torch.Size, labels_T: Tensor, vocab: int | None) -> int:
     """The number of columns that exist. `shape` is [T, V]. ValueError as `reference`."""
     if len(shape) != 2 or labels_T.shape != shape[:1]:
-        raise ValueError(f"cross_entropy: logits {tuple(shape)} and labels {tuple(labels_T.shape)}; need [T, V] and [T]")
+        raise ValueError(
+            f"cross_entropy: need logits [T, V] and labels [T]; they are {tuple(shape)} and {tuple(labels_T.shape)}"
+        )
     vocab = shape[1] if vocab is None else vocab
     if not 1 <= vocab <= shape[1]:
         raise ValueError(f"cross_entropy: vocab is {vocab}; the logits have {shape[1]} columns, so 1 .. {shape[1]}")
@@ -140,9 +145,7 @@ def _backward(
     vocab: int,
 ) -> Tensor:
     dlogits = logits.new_zeros(logits.shape)
-    _gradient(
-        logits[:, :vocab], labels, lse, dlosses, ignore_index, label_smoothing, z_loss, out=dlogits[:, :vocab]
-    )
+    _gradient(logits[:, :vocab], labels, lse, dlosses, ignore_index, label_smoothing, z_loss, out=dlogits[:, :vocab])
     return dlogits
 
 

@@ -7,7 +7,7 @@ Shapes   x [T, H]; weight [V, H]; labels [T] int64; loss a 0-dim fp32 sum (the c
          valid tokens). Rows of weight >= vocab are padding: no logits, and a gradient of 0.
 Forward  2 T V H FLOPs; with gradients 6 T V H, all done in the forward pass with an upstream gradient of one, because
          then the logits of a chunk are still there; the backward multiplies by the upstream scalar, on the device.
-Memory   one chunk of logits (rows * V), dx in the dtype of x, dW in fp32; never [T, V].
+Memory   one chunk of logits (rows * V <= MAX_LOGITS), dx in the dtype of x, dW in fp32; never [T, V].
 Bytes    a chunk reads W twice, x and writes dx; its logits are written by the product, turned into their gradient in
          place and read by two products; fp32 dW is read and written once a chunk.
 Floor    products: 6 T V H / product rate.
@@ -22,6 +22,9 @@ from . import library
 from .cross_entropy import check, check_labels
 from .cross_entropy import reference as cross_entropy
 from .precision import wide
+
+# Logits that exist at a time: 2^26 are 128 MiB in bf16, or 1,334 rows of GPT-2's vocabulary.
+MAX_LOGITS = {"cpu": 2**26, "cuda": 2**29}
 
 
 def reference(
@@ -67,6 +70,7 @@ def chunked(
         label_smoothing,
         z_loss,
         vocab,
+        MAX_LOGITS[x_TH.device.type],
         needs and x_TH.requires_grad,
         needs and weight.requires_grad,
     )
@@ -76,14 +80,20 @@ def chunked(
 def _check(x_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, vocab: int | None) -> int:
     if x_TH.dim() != 2 or weight_VH.dim() != 2 or x_TH.shape[1] != weight_VH.shape[1]:
         raise ValueError(
-            f"linear_cross_entropy: x is {tuple(x_TH.shape)} and weight {tuple(weight_VH.shape)}; need [T, H] and [V, H]"
+            f"linear_cross_entropy: need x [T, H] and weight [V, H]; they are {tuple(x_TH.shape)} and "
+            f"{tuple(weight_VH.shape)}"
         )
     return check(torch.Size((x_TH.shape[0], weight_VH.shape[0])), labels_T, vocab)
 
 
-def chunk_rows(device: str, rows: int) -> int:
-    """Rows of logits that exist at a time: enough for products at full rate, few enough to stay small."""
-    return min(rows, 4096 if device == "cuda" else 512)
+def chunk_rows(rows: int, columns: int, max_logits: int) -> int:
+    """Rows of a chunk: as few and as equal chunks as max_logits allows, but no fewer than 256 rows in a chunk.
+
+    Below that the products run at a lower rate, and dW is read and written more often than the logits themselves.
+    """
+    most = max(max_logits // columns, 256)
+    chunks = max(-(-rows // most), 1)
+    return -(-rows // chunks)
 
 
 # The registered op: the kernel over chunks, fake tensors, autograd.
@@ -97,6 +107,7 @@ def _forward(
     label_smoothing: float,
     z_loss: float,
     vocab: int,
+    max_logits: int,
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +116,7 @@ def _forward(
     loss = x.new_zeros((), dtype=wide(x.dtype))
     dx = x.new_empty(x.shape if need_dx else 0)
     dweight = x.new_zeros(weight.shape if need_dweight else 0, dtype=wide(x.dtype))
-    rows = chunk_rows(x.device.type, x.shape[0])
+    rows = chunk_rows(x.shape[0], weight.shape[0], max_logits)
     logits = x.new_empty(rows, weight.shape[0])
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, x.shape[0], rows or 1):
@@ -122,9 +133,7 @@ def _forward(
     return loss, dx, dweight
 
 
-def _forward_fake(
-    x: Tensor, weight: Tensor, labels: Tensor, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(x: Tensor, weight: Tensor, labels: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     need_dx, need_dweight = settings[-2:]
     return (
         x.new_empty((), dtype=wide(x.dtype)),
@@ -147,7 +156,7 @@ def _differentiate(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor |
     return (
         dx * dloss if need_dx else None,
         (dweight * dloss).to(ctx.dtype) if need_dweight else None,
-        *(None,) * 7,
+        *(None,) * 8,
     )
 
 
@@ -156,7 +165,8 @@ def register(ops: torch.library.Library) -> None:
     library.add(
         ops,
         "linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, int ignore_index, float label_smoothing, "
-        "float z_loss, int vocab, bool need_dx, bool need_dweight) -> (Tensor loss, Tensor dx, Tensor dweight)",
+        "float z_loss, int vocab, int max_logits, bool need_dx, bool need_dweight) "
+        "-> (Tensor loss, Tensor dx, Tensor dweight)",
         _forward,
         _forward_fake,
     )

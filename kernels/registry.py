@@ -118,7 +118,8 @@ class Row(NamedTuple):
 def choose(device: str, overrides: Mapping[str, str] | None = None) -> Kernels:
     """The implementation of every op for "cpu" or "cuda" (an index, as in "cuda:0", is allowed).
 
-    `overrides` maps ops to implementation names. KernelUnavailable when one is unknown or cannot run here, with what can.
+    `overrides` maps ops to implementation names. KernelUnavailable when one is unknown or cannot run here; the message
+    says what can.
     """
     chosen = _choose(device, overrides or {})
     return Kernels(

@@ -6,7 +6,7 @@
     dweight  = sum over rows of dy * h * rstd
 
 Shapes   x, residual, y, h [..., H]; weight [H]; rstd [rows] in fp32.
-Forward  4 H FLOPs a row (5 H with a residual); reads x (and residual), writes y (and h): 2 (4) passes over T*H elements.
+Forward  4 H FLOPs a row (5 H with a residual); reads x (and residual), writes y (and h): 2 (4) passes over T*H.
 Backward 11 H FLOPs a row; reads dy, h (and dh), writes dx: 3 (4) passes; dweight is one row.
 Floor    memory: bytes / copy rate.
 """

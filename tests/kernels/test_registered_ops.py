@@ -1,0 +1,201 @@
+"""What torch must know of an op: schemas and fake tensors (opcheck), derivatives (gradcheck), compile, autocast."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megapre import kernels
+
+SETTINGS = (-100, 0.1, 1e-3, 9)
+
+
+def labels(device: str) -> Tensor:
+    return torch.tensor([3, -100, 8, 0, 5], device=device)
+
+
+def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments for each registered op."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device, requires_grad=True)
+
+    wide = torch.float32
+    target = labels(device)
+    return {
+        "rms_norm": [
+            (leaf(5, 12), leaf(12), 1e-6, None),
+            (leaf(2, 5, 12), leaf(12), 1e-6, leaf(2, 5, 12)),
+            (leaf(12, 5).T, leaf(12), 1e-6, None),
+            (leaf(0, 12), leaf(12), 1e-6, None),
+        ],
+        "rms_norm_backward": [
+            (leaf(5, 12).detach(), dh, leaf(5, 12).detach(), leaf(12).detach(), torch.rand(5, device=device))
+            for dh in (None, leaf(5, 12).detach())
+        ],
+        "cross_entropy": [(leaf(5, 11), target, *SETTINGS), (leaf(11, 5).T, target, *SETTINGS)],
+        "cross_entropy_backward": [
+            (
+                torch.randn(5, dtype=wide, device=device),
+                leaf(5, 11).detach(),
+                target,
+                torch.full((5,), 3.0, dtype=wide, device=device),
+                *SETTINGS,
+            )
+        ],
+        "cross_entropy_": [
+            (leaf(5, 11).detach(), target, weights, *SETTINGS) for weights in (None, torch.rand(5, device=device))
+        ],
+        "linear_cross_entropy": [
+            (leaf(5, 6), leaf(11, 6), target, *SETTINGS, 2**26, *needs)
+            for needs in ((True, True), (True, False), (False, True), (False, False))
+        ],
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", registered("cpu", torch.float32))
+def test_opcheck(device: str, name: str, dtype: torch.dtype) -> None:
+    kernels.choose(device)
+    for arguments in registered(device, dtype)[name]:
+        torch.library.opcheck(getattr(torch.ops.megapre, name), arguments)
+
+
+Call = Callable[[Any], Any]
+
+
+def tables(device: str) -> tuple[Tensor, Tensor]:
+    angles = torch.outer(torch.arange(5.0, device=device), torch.tensor([1.0, 0.1], device=device))
+    return angles.cos(), angles.sin()
+
+
+def calls(device: str) -> dict[str, list[tuple[Call, list[tuple[int, ...]]]]]:
+    """For each differentiable op, calls of it and the shapes of their floating inputs."""
+    target = labels(device)
+    cos, sin = tables(device)
+    documents = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+    qkv = [(2, 4, 4, 4), (2, 4, 2, 4), (2, 4, 2, 4)]
+    return {
+        "layer_norm": [
+            (lambda op: lambda x, w, b: op(x, w, b), [(3, 8), (8,), (8,)]),
+            (lambda op: lambda x, w, b, r: op(x, w, b, 1e-5, r), [(3, 8), (8,), (8,), (3, 8)]),
+        ],
+        "rms_norm": [
+            (lambda op: lambda x, w: op(x, w), [(3, 8), (8,)]),
+            (lambda op: lambda x, w, r: op(x, w, 1e-6, r), [(3, 8), (8,), (3, 8)]),
+        ],
+        "rope": [
+            (lambda op: lambda q, k: op(q, k, cos, sin), [(2, 5, 2, 4), (2, 5, 1, 4)]),
+            (lambda op: lambda q, k: op(q, k, cos, sin, interleaved=True), [(2, 5, 2, 4), (2, 5, 1, 4)]),
+        ],
+        "gelu": [(lambda op: lambda x, b: op(x, b), [(3, 8), (8,)])],
+        "swiglu": [(lambda op: lambda x: op(x), [(3, 8)])],
+        "geglu": [(lambda op: lambda x: op(x), [(3, 8)])],
+        "cross_entropy": [(lambda op: lambda x: op(x, target, *SETTINGS), [(5, 11)])],
+        "linear_cross_entropy": [(lambda op: lambda x, w: op(x, w, target, *SETTINGS), [(5, 6), (11, 6)])],
+        "attention": [
+            (lambda op: lambda q, k, v: op(q, k, v), qkv),
+            (lambda op: lambda q, k, v: op(q, k, v, window=2), qkv),
+            (lambda op: lambda q, k, v: op(q, k, v, cu_seqlens=documents), qkv),
+            (lambda op: lambda q, k, v: op(q, k, v, return_lse=True), qkv),
+        ],
+    }
+
+
+def implementations(device: str, op: str) -> list[tuple[str, Callable[..., Any]]]:
+    rows = [row.implementation for row in kernels.table(device) if row.op == op and row.available]
+    return [(name, getattr(kernels.choose(device, {op: name}), op)) for name in rows]
+
+
+@pytest.mark.parametrize("op_name", calls("cpu"))
+def test_gradcheck(device: str, op_name: str) -> None:
+    for _, op in implementations(device, op_name):
+        for call, shapes in calls(device)[op_name]:
+            generator = torch.Generator().manual_seed(1)
+            inputs = [torch.randn(s, dtype=torch.float64, generator=generator).to(device) for s in shapes]
+            torch.autograd.gradcheck(call(op), [t.requires_grad_() for t in inputs])
+
+
+@pytest.mark.parametrize("op_name", calls("cpu"))
+def test_compiles_without_graph_breaks(device: str, op_name: str) -> None:
+    for _, op in implementations(device, op_name):
+        for call, shapes in calls(device)[op_name]:
+            torch.compiler.reset()
+            eager = call(op)
+            compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+            results = []
+            for function in (eager, compiled):
+                generator = torch.Generator().manual_seed(1)
+                inputs = [torch.randn(s, generator=generator).to(device).requires_grad_() for s in shapes]
+                outputs = function(*inputs)
+                outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+                total = torch.stack([(o * o).sum() for o in outputs]).sum()
+                results.append([*outputs, *torch.autograd.grad(total, inputs)])
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_the_chosen_kernels_can_be_used_inside_a_compiled_module(device: str) -> None:
+    ops = kernels.choose(device)
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ops = ops
+            self.weight = torch.nn.Parameter(torch.ones(8, device=device))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, h = self.ops.rms_norm(x, self.weight, 1e-6, residual=x)
+            loss: Tensor = self.ops.linear_cross_entropy(y + h, torch.eye(9, 8, device=x.device), labels(device))
+            return loss
+
+    block = Block()
+    x = torch.randn(5, 8, device=device)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
+
+
+def test_optimizer_ops_compile(device: str) -> None:
+    for name in ("adamw_", "grad_norm"):
+        for implementation, _ in implementations(device, name):
+            if (name, implementation, device) == ("adamw_", "torch", "cpu"):
+                continue  # torch's own CPU kernel reads lr on the host
+            op = getattr(kernels.choose(device, {name: implementation}), name)
+            scalars = {key: torch.tensor(value, device=device) for key, value in (("lr", 0.1), ("step", 2.0))}
+
+            def call(master: Tensor, grad: Tensor, op: Any = op, name: str = name, scalars: Any = scalars) -> Tensor:
+                if name == "grad_norm":
+                    return op([master, grad])
+                moments = torch.zeros_like(master), torch.ones_like(master)
+                op(master, master, *moments, grad, **scalars, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.1)
+                return master
+
+            torch.compiler.reset()
+            a, b = torch.arange(6.0, device=device), torch.ones(6, device=device)
+            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(a.clone(), b)
+            torch.testing.assert_close(compiled, call(a.clone(), b))
+
+
+@pytest.mark.parametrize("op_name", calls("cpu"))
+def test_autocast_changes_neither_dtypes_nor_values_of_bf16_inputs(device: str, op_name: str) -> None:
+    for _, op in implementations(device, op_name):
+        for call, shapes in calls(device)[op_name]:
+            generator = torch.Generator().manual_seed(1)
+            inputs = [torch.randn(s, generator=generator).to(device, torch.bfloat16) for s in shapes]
+            plain = call(op)(*inputs)
+            with torch.autocast(device, torch.bfloat16):
+                cast = call(op)(*inputs)
+            for a, b in zip(*((r,) if isinstance(r, Tensor) else r for r in (plain, cast)), strict=True):
+                torch.testing.assert_close(a.float(), b.float())
+
+
+def test_linear_cross_entropy_takes_fp32_weights_beside_bf16_activations(device: str) -> None:
+    op = kernels.choose(device).linear_cross_entropy
+    x = torch.randn(5, 6, device=device).bfloat16().requires_grad_()
+    weight = torch.randn(11, 6, device=device, requires_grad=True)
+    loss = op(x, weight, labels(device))
+    dx, dweight = torch.autograd.grad(loss, [x, weight])
+    assert (loss.dtype, dx.dtype, dweight.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    torch.testing.assert_close(loss, op(x.detach(), weight.detach().bfloat16(), labels(device)))

@@ -1,0 +1,138 @@
+"""Choosing implementations, the table of them, cost, and what importing the package does not do."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megapre import kernels
+from megapre.kernels.cost import ENTRIES, cost, pairs
+
+
+def python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_table_names_every_implementation_once_and_chooses_one_an_op() -> None:
+    rows = kernels.table("cpu")
+    assert len({(row.op, row.implementation) for row in rows}) == len(rows)
+    chosen = {row.op: row.implementation for row in rows if row.chosen}
+    assert chosen == kernels.choose("cpu").names
+    assert all(row.available or row.why_not for row in rows) and not any(row.available and row.why_not for row in rows)
+    # A reference runs everywhere: no compiler and no GPU is needed for any op.
+    references = {row.op for row in rows if row.implementation == "reference" and row.available}
+    assert references == set(chosen)
+
+
+def test_an_override_is_honoured_or_refused() -> None:
+    for row in kernels.table("cpu"):
+        if row.available:
+            assert kernels.choose("cpu", {row.op: row.implementation}).names[row.op] == row.implementation
+        else:
+            with pytest.raises(kernels.KernelUnavailable, match=f"'{row.implementation}' cannot run on cpu"):
+                kernels.choose("cpu", {row.op: row.implementation})
+    assert kernels.choose("cpu:0").names == kernels.choose("cpu").names
+    with pytest.raises(kernels.KernelUnavailable, match="no implementation 'cudnn'; available on cpu: sdpa, reference"):
+        kernels.choose("cpu", {"attention": "cudnn"})
+    with pytest.raises(kernels.KernelUnavailable, match="no op softmax; the ops are layer_norm, rms_norm"):
+        kernels.choose("cpu", {"softmax": "reference"})
+    with pytest.raises(kernels.KernelUnavailable, match="device is 'tpu'"):
+        kernels.choose("tpu")
+
+
+def test_kernels_are_frozen_and_travel() -> None:
+    ops = kernels.choose("cpu", {"rope": "reference"})
+    with pytest.raises(AttributeError):
+        ops.rope = None  # type: ignore[misc]
+    assert pickle.loads(pickle.dumps(ops)) == ops == copy.deepcopy(ops)
+
+
+def test_importing_costs_nothing_and_cost_needs_no_torch() -> None:
+    code = (
+        "import sys; import megapre.kernels; from megapre.kernels.cost import cost; "
+        "cost('rope', {'T': 1, 'N': 1, 'K': 1, 'D': 2}, 'bf16'); "
+        "assert 'torch' not in sys.modules and 'megapre.kernels.registry' not in sys.modules"
+    )
+    python(code)
+
+
+def test_importing_the_registry_registers_and_loads_nothing() -> None:
+    code = (
+        "import megapre.kernels.registry, torch; "
+        "assert not hasattr(torch.ops.megapre, 'linear_cross_entropy'); "
+        "assert not any('megapre' in p for p in torch.ops.loaded_libraries); "
+        "from megapre import kernels; kernels.choose('cpu'); kernels.choose('cpu'); kernels.table('cpu'); "
+        "assert hasattr(torch.ops.megapre, 'linear_cross_entropy')"
+    )
+    python(code)
+
+
+def test_everything_runs_without_the_native_library() -> None:
+    code = """
+import torch
+from megapre import kernels
+rows = {(row.op, row.implementation): row for row in kernels.table("cpu")}
+assert not rows["rms_norm", "native"].available and "MEGAPRE_NATIVE" in rows["rms_norm", "native"].why_not
+ops = kernels.choose("cpu")
+assert "native" not in ops.names.values()
+x, w = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+labels = torch.tensor([1, 2, -100, 10, 0])
+ref = kernels.choose("cpu", {"linear_cross_entropy": "reference"})
+results = [(loss, *torch.autograd.grad(loss, [x, w])) for loss in
+           (o.linear_cross_entropy(x, w, labels, vocab=11) for o in (ops, ref))]
+for a, b in zip(*results): torch.testing.assert_close(a, b)
+y, h, rstd = torch.ops.megapre.rms_norm(x, torch.ones(8), 1e-6, None)
+torch.testing.assert_close(y, ops.rms_norm(x, torch.ones(8)))
+torch.library.opcheck(torch.ops.megapre.rms_norm, (x, torch.ones(8, requires_grad=True), 1e-6, x))
+torch.library.opcheck(torch.ops.megapre.cross_entropy, (x, labels.clamp(max=6), -100, 0.1, 1e-3, 7))
+torch.library.opcheck(torch.ops.megapre.cross_entropy_, (x.detach(), labels.clamp(max=6), None, -100, 0.1, 1e-3, 7))
+"""
+    python(code, MEGAPRE_NATIVE="0")
+
+
+SIZES = {"T": 8, "H": 16, "F": 16, "V": 32, "B": 2, "S": 4, "N": 4, "K": 2, "D": 8, "P": 100}
+
+
+def test_every_op_has_a_cost() -> None:
+    ops = set(kernels.choose("cpu").names)
+    assert {op.removesuffix("_backward") for op in ENTRIES} == ops
+    for op in ENTRIES:
+        flops, moved = cost(op, SIZES, "bf16")
+        assert isinstance(flops, int) and isinstance(moved, int) and flops > 0 and moved > 0
+        assert cost(op, SIZES, "fp32")[1] >= moved
+    with pytest.raises(ValueError, match="there is no op 'softmax'"):
+        cost("softmax", SIZES, "bf16")
+    with pytest.raises(ValueError, match="no dtype 'int8'"):
+        cost("rope", SIZES, "int8")
+    with pytest.raises(ValueError, match="swiglu needs the size 'F'; given are T"):
+        cost("swiglu", {"T": 1}, "bf16")
+
+
+def test_costs_by_hand() -> None:
+    assert cost("rms_norm", {"T": 8192, "H": 4096}, "bf16") == (4 * 8192 * 4096, 2 * 2 * 8192 * 4096 + 4 * 8192)
+    assert cost("linear_cross_entropy", {"T": 2, "V": 3, "H": 5}, "fp32")[0] == 2 * 2 * 3 * 5 + 5 * 2 * 3
+    # A full causal square: S (S + 1) / 2 pairs, two products of 2 D FLOPs each.
+    assert cost("attention", {"B": 2, "S": 4, "N": 3, "K": 3, "D": 8}, "bf16")[0] == 2 * 3 * 10 * 4 * 8
+    # bf16 gradient in, fp32 master and moments in and out, bf16 parameter out; with fp32 the master is the parameter.
+    assert cost("adamw_", {"P": 10}, "bf16")[1] == 10 * (2 + 24 + 2)
+    assert cost("adamw_", {"P": 10}, "fp32")[1] == 10 * (4 + 24)
+
+
+@given(keys=st.integers(1, 12), cached=st.integers(0, 11), causal=st.booleans(), window=st.integers(0, 14))
+def test_visible_pairs_are_counted_exactly(keys: int, cached: int, causal: bool, window: int) -> None:
+    queries = max(keys - cached, 1)
+    counted = sum(
+        (not causal or j <= i + keys - queries) and (not window or abs(i + keys - queries - j) < window)
+        for i in range(queries)
+        for j in range(keys)
+    )
+    assert pairs({"Sq": queries, "Sk": keys, "causal": causal, "window": window}) == counted

@@ -1,0 +1,109 @@
+"""Rotary embedding: against rotate-half in the same dtype by the 2x rule, and against what a rotation must do."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rule import run, same, twice
+from torch import Tensor
+
+from megapre import kernels
+
+OP = "rope"
+
+
+def tables(positions: int, head_dim: int, device: str) -> tuple[Tensor, Tensor]:
+    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def rotate_half(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    """As Hugging Face's Llama: tables in the dtype of x, doubled along the head dim."""
+    cos2, sin2 = (torch.cat((t, t), -1).to(x.dtype)[positions].unsqueeze(2) for t in (cos, sin))
+    half = x.shape[-1] // 2
+    return x * cos2 + torch.cat((-x[..., half:], x[..., :half]), -1) * sin2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(
+    batch=st.integers(0, 3),
+    seq_length=st.integers(1, 9),
+    heads=st.integers(1, 4),
+    key_heads=st.integers(1, 2),
+    pairs=st.integers(1, 33),
+    explicit=st.booleans(),
+    interleaved=st.booleans(),
+)
+def test_rope_obeys_the_rule(
+    device: str,
+    implementation: str,
+    dtype: torch.dtype,
+    batch: int,
+    seq_length: int,
+    heads: int,
+    key_heads: int,
+    pairs: int,
+    explicit: bool,
+    interleaved: bool,
+) -> None:
+    op = kernels.choose(device, {OP: implementation}).rope
+    generator = torch.Generator().manual_seed(seq_length * 100 + pairs)
+    cos, sin = tables(50, 2 * pairs, device)
+    q = torch.randn(batch, seq_length, heads, 2 * pairs, generator=generator).to(device, dtype)
+    k = torch.randn(batch, seq_length, key_heads, 2 * pairs, generator=generator).to(device, dtype)
+    positions = torch.arange(seq_length).expand(batch, -1).to(device)
+    if explicit:
+        positions = torch.randint(0, 50, (batch, seq_length), generator=generator).to(device)
+
+    def own(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        # Interleaved pairs (2i, 2i + 1) are the pairs (i, i + D/2) of the de-interleaved vector.
+        def one(x: Tensor) -> Tensor:
+            if not interleaved:
+                return rotate_half(x, cos, sin, positions)
+            y = rotate_half(torch.cat((x[..., 0::2], x[..., 1::2]), -1), cos, sin, positions)
+            return torch.stack(y.chunk(2, -1), -1).flatten(-2)
+
+        return one(q), one(k)
+
+    twice(lambda q, k: op(q, k, cos, sin, positions if explicit else None, interleaved), own, [q, k])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_products_of_rotated_vectors_depend_on_distance_only(
+    device: str, implementation: str, interleaved: bool
+) -> None:
+    op = kernels.choose(device, {OP: implementation}).rope
+    cos, sin = tables(64, 16, device)
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, device=device).expand(2, 1, 40, 1, 16)
+    at = torch.arange(40, device=device)[None]
+    near_q, near_k = op(q, k, cos, sin, at, interleaved)
+    far_q, far_k = op(q, k, cos, sin, at + 20, interleaved)
+    # The fp32 tables are off by an ulp, hence 1e-5 although everything else is fp64.
+    torch.testing.assert_close(
+        near_q[0, :, 0] @ near_k[0, :, 0].T, far_q[0, :, 0] @ far_k[0, :, 0].T, rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(near_q.norm(dim=-1), q.norm(dim=-1), rtol=1e-6, atol=0)
+    assert torch.equal(near_q[:, 0], q[:, 0])
+
+
+def test_rope_of_strided_input(device: str, implementation: str) -> None:
+    op = kernels.choose(device, {OP: implementation}).rope
+    cos, sin = tables(8, 12, device)
+    qkv = torch.randn(2, 8, 5, 12, device=device)
+    q, k = qkv[:, :, :3], qkv[:, :, 3:4]
+    strided = run(lambda q, k: op(q, k, cos, sin), [q, k])
+    packed = run(lambda q, k: op(q, k, cos, sin), [q.contiguous(), k.contiguous()])
+    assert same(strided[0] + strided[1], packed[0] + packed[1])
+
+
+def test_impossible_requests_are_named(device: str, implementation: str) -> None:
+    op = kernels.choose(device, {OP: implementation}).rope
+    cos, sin = tables(4, 8, device)
+    q = torch.zeros(1, 4, 2, 8, device=device)
+    with pytest.raises(ValueError, match="5 positions are asked for, the tables hold 4"):
+        op(torch.zeros(1, 5, 2, 8, device=device), torch.zeros(1, 5, 2, 8, device=device), cos, sin)
+    with pytest.raises(ValueError, match="head_dim 10"):
+        op(torch.zeros(1, 4, 2, 10, device=device), torch.zeros(1, 4, 2, 10, device=device), cos, sin)
+    with pytest.raises(ValueError, match="they differ only in heads"):
+        op(q, torch.zeros(2, 4, 2, 8, device=device), cos, sin)
