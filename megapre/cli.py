@@ -1,6 +1,6 @@
 """The command line: each verb is a thin door to one room.
 
-Only click is imported here. A verb imports its room when it runs, so that `megapre --help` needs neither torch nor a wait.
+Only click is imported here. A verb imports its room when it runs: `megapre --help` needs neither torch nor patience.
 """
 
 import os
@@ -205,7 +205,7 @@ def doctor() -> int:
 
 
 def main() -> None:
-    """Run the command line and exit: 0, a verb's own code, 1 for a bug, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run and exit with 0, the verb's own code, 1 for a bug, 2 for what the user can mend, or 130 for Ctrl-C."""
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as error:

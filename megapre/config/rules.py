@@ -207,11 +207,15 @@ def _lengths(optim: "Optim", run: "Run") -> Problems:
     if optim.schedule == "constant" and decay:
         yield f"optim: schedule 'constant' has no decay, but decay_steps = {decay}; nearest: decay_steps 0"
     if warmup + decay > steps:
-        yield (
-            f"optim: warmup_steps + decay_steps = {warmup} + {decay} = {warmup + decay} is more than run.steps = "
-            f"{steps}; nearest: run.steps {warmup + decay}, "
-            + (f"decay_steps {steps - warmup}" if decay and warmup < steps else f"warmup_steps {max(0, steps - decay)}")
+        sizes = (
+            f"warmup_steps + decay_steps = {warmup} + {decay} = {warmup + decay}"
+            if decay
+            else f"warmup_steps = {warmup}"
         )
+        shorter = (
+            f"decay_steps {steps - warmup}" if decay and warmup < steps else f"warmup_steps {max(0, steps - decay)}"
+        )
+        yield f"optim: {sizes} is more than run.steps = {steps}; nearest: run.steps {warmup + decay}, {shorter}"
 
 
 def _split(data: "Data") -> Problems:

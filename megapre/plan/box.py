@@ -51,8 +51,9 @@ def _model(plan: Plan) -> str:
     if model.kv_heads != model.heads:
         heads += f" over {model.kv_heads} key-value heads"
     return (
-        f"{model.family}: {model.layers} layers, hidden {model.hidden}, {heads}, ffn {model.ffn}\n"
-        f"{model.norm}, {model.activation}, {model.positions} positions, context {model.context}, vocab {model.vocab:,}"
+        f"{model.family}: {model.layers} layers, hidden {model.hidden}, {heads}\n"
+        f"{model.activation} of width {model.ffn}, {model.norm}, {model.positions} positions, context {model.context}, "
+        f"vocab {model.vocab:,}"
     )
 
 
@@ -70,13 +71,13 @@ def _batch(plan: Plan) -> str:
     batch, dp = plan.cfg.batch, plan.mesh.dp
     return (
         f"{batch.global_:,} sequences x {batch.seq_length:,} = {batch.tokens:,} tokens a step\n"
-        f"= {batch.micro} sequences x {plan.micro_batches} micro-batches x {dp} replica{'s' if dp > 1 else ''}"
+        f"= {batch.micro} in a micro-batch x {plan.micro_batches} micro-batches x {dp} replica{'s' if dp > 1 else ''}"
     )
 
 
 def _steps(plan: Plan) -> str:
     ratio = plan.tokens / sum(plan.parameters)
-    return f"{plan.cfg.run.steps:,}; {plan.tokens:,} tokens in all, {ratio:.3g} a parameter"
+    return f"{plan.cfg.run.steps:,}; {plan.tokens:,} tokens in all, {ratio:,.1f} a parameter"
 
 
 def _flops(plan: Plan) -> str:
@@ -99,8 +100,8 @@ def _memory(memory: Memory, world: int) -> str:
 def _device(plan: Plan) -> str:
     dtype = plan.cfg.run.dtype
     if plan.peak is None:
-        return f"{plan.device}, {dtype}; its peak is not known here, so mfu is n/a"
-    return f"{plan.device}, {dtype}, dense peak {scaled(plan.peak)}FLOP/s: mfu is measured against it"
+        return f"{plan.device}, {dtype}; peak unknown, mfu n/a"
+    return f"{plan.device}, {dtype}, dense peak {scaled(plan.peak)}FLOP/s = 100% mfu"
 
 
 def scaled(value: float) -> str:

@@ -1,9 +1,9 @@
 """Model FLOPs: what the mathematics of a training step costs, whatever the implementation adds.
 
-A product [T, in] x [in, out] is 2 T in out; the backward is twice the forward. Attention scores and their product with v
-are 4 s N D a token in the forward where all s keys count. A causal mask needs half of that: "half" counts s / 2 (Megatron
-core, NeMo, FlashAttention), "full" counts s (Narayanan et al. 2021, PaLM, torchtitan). Every number that depends on it
-names the one it took.
+A product [T, in] x [in, out] is 2 T in out; the backward is twice the forward. Attention scores and their product with
+v are 4 s N D a token in the forward where all s keys count. A causal mask needs half of that: "half" counts s / 2
+(Megatron core, NeMo, FlashAttention), "full" counts s (Narayanan et al. 2021, PaLM, torchtitan). Every number that
+depends on it names the one it took.
 
 In full, for GPT (F = 4H, N D = H), this is Narayanan et al. 2021, equation 3, without recomputation:
 72 B s L H^2 (1 + s / (6H) + V / (12 L H)) a step. Embedding look-ups, norms, activations, softmax are not counted.

@@ -1,8 +1,8 @@
 """Peak rates of accelerators, for MFU. Dense, never with 2:4 sparsity, at the maker's boost clock.
 
-A device is matched by the exact name that its driver reports, because a name that is merely alike is another machine: an
-H100 PCIe has 3/4 of the rate of an SXM one, an "H100 ... MIG 1g.10gb" a seventh, an A10G half of an A10. Unknown devices
-and CPUs have no row, and their MFU is null.
+A device is matched by the exact name that its driver reports, because a name that is merely alike is another machine:
+an H100 PCIe has 3/4 of the rate of an SXM one, an "H100 ... MIG 1g.10gb" a seventh, an A10G about half of an A10.
+Unknown devices and CPUs have no row, and their MFU is null.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ T, G = 10**12, 10**9
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks of one device: FLOP/s by dtype (fp32 accumulation; fp32 without TF32), memory bytes/s; None = has no such."""
+    """Peaks of one device: FLOP/s by dtype (accumulation in fp32; fp32 without TF32; None = has none), bytes/s."""
 
     names: tuple[str, ...]
     bf16: float

@@ -1,8 +1,8 @@
 """Bytes that training takes on one rank, by category.
 
 Two counts of activations live here. `layer_activations` counts what megapre's own layer keeps for its backward; a test
-holds it against autograd, byte for byte. `megatron_layer_activations` is the published count of a GPT layer with dropout
-and whole attention scores (Korthikanti et al. 2022), which published figures refer to.
+holds it against autograd, byte for byte. `megatron_layer_activations` is the published count of a GPT layer with
+dropout and whole attention scores (Korthikanti et al. 2022), which published figures refer to.
 
 Legend: B micro-batch, S sequence, T = B*S tokens, H hidden, N query heads, K key-value heads, D head dim, F ffn width,
 Vp padded vocabulary, t tensor, p pipeline and d data parallel ranks.
@@ -133,7 +133,7 @@ def _norm_statistics(model: Model, element: int) -> int:
 
 
 def logits_bytes(model: Model, tokens: int, element: int, tp: int = 1, device: str = "cpu") -> int:
-    """Bytes of head and loss at their peak: one chunk of logits, the head's gradient in fp32, and a chunk's share of it."""
+    """Bytes of head and loss at their peak: a chunk of logits, the head's gradient in fp32, a chunk's share of it."""
     columns = -(-model.vocab_padded // tp)
     most = max(MAX_LOGITS[device] // max(columns, 1), LOGITS_ROWS)
     chunks = max(-(-tokens // most), 1)

@@ -1,0 +1,162 @@
+"""Memory against published figures, by equality, and against what autograd really keeps, byte for byte."""
+
+import importlib
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megapre import kernels
+from megapre.config import Batch, Config, Model, Optim, Run, load
+from megapre.model.init import initialize
+from megapre.model.transformer import Transformer
+from megapre.plan import fullest_rank
+from megapre.plan.memory import (
+    LOGITS_ROWS,
+    MAX_LOGITS,
+    chunks_in_flight,
+    layer_activations,
+    logits_bytes,
+    megatron_layer_activations,
+    stage_memory,
+    stage_parameters,
+)
+from megapre.schedule import build, peak_in_flight
+
+GIB = 2**30
+
+# Korthikanti et al. 2022, figure 1, GiB a GPU: (layers, hidden, heads, tp, pp, vpp, micro-batch) and
+# (states, activations with nothing recomputed, with sequence parallelism and selective recomputation). s = 2048.
+FIGURE_1 = {
+    "22B": ((48, 6144, 64, 8, 1, 1, 4), (45.5625, 59.25, 9.5625)),
+    "175B": ((96, 12288, 96, 8, 8, 3, 1), (45.5625, 66.84375, 12.3515625)),
+    "530B": ((105, 20480, 128, 8, 35, 3, 1), (31.640625, 114.0234375, 23.076171875)),
+    "1T": ((128, 25600, 160, 8, 64, 1, 1), (32.958984375, 131.25, 26.5625)),
+}
+
+
+@pytest.mark.parametrize("name", FIGURE_1)
+def test_korthikanti_figure_1(name: str) -> None:
+    (layers, hidden, heads, tp, pp, vpp, micro), (states, plain, selective) = FIGURE_1[name]
+    assert 18 * 12 * layers * hidden**2 / (tp * pp) / GIB == states  # matrices of the layers only, as the figure
+    held = layers * (1 + (pp - 1) / (pp * vpp) if vpp > 1 else 1)  # layers' worth on the first stage
+    for recompute, sequence_parallel, published in (("none", False, plain), ("selective", True, selective)):
+        one = megatron_layer_activations(micro * 2048, 2048, hidden, heads, tp, sequence_parallel, recompute)  # type: ignore[arg-type]
+        assert held * one / GIB == published
+
+
+def test_korthikanti_table_2() -> None:
+    """The six rows, for s b h = 1 unit and 5 a s / h = 80."""
+    unit, args = 2048 * 12288, (2048, 2048, 12288, 96)
+    rows = [(1, False, "none", 34 + 80), (8, False, "none", 10 + 24 / 8 + 80 / 8), (8, True, "none", (34 + 80) / 8)]
+    rows += [(8, False, "selective", 10 + 24 / 8), (8, True, "selective", 34 / 8), (8, True, "full", 2)]
+    for tp, sequence_parallel, recompute, factor in rows:
+        assert megatron_layer_activations(*args, tp, sequence_parallel, recompute) == factor * unit  # type: ignore[arg-type]
+
+
+SHAPES = [
+    {"family": "gpt2", "hidden": 64, "heads": 4},
+    {"family": "gpt2", "hidden": 64, "heads": 4, "bias": False, "ffn": 160},
+    {"family": "llama", "hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 160},
+    {"family": "llama", "hidden": 64, "heads": 4, "head_dim": 32, "ffn": 96, "tied": True},
+]
+
+
+def kept_by_autograd(model: Model, tokens_BS: torch.Tensor, dtype: torch.dtype) -> int:
+    """Bytes of distinct storages, beside the model's own, that the graph of the loss holds."""
+    rms_norm = importlib.import_module("megapre.kernels.rms_norm").native  # runs in plain torch without the library
+    built = Transformer(model, replace(kernels.choose("cpu"), rms_norm=rms_norm), dtype=dtype)
+    initialize(built, 0)
+    own = [*built.parameters()]
+    if built.rotary is not None:
+        own += [built.rotary.cos, built.rotary.sin]
+    known = {tensor.untyped_storage().data_ptr() for tensor in own}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = built.loss(tokens_BS, tokens_BS)
+    assert loss.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("element", [2, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_activations_equal_what_autograd_keeps(shape: dict[str, object], element: int) -> None:
+    dtype = {2: torch.bfloat16, 4: torch.float32}[element]
+    tokens_BS = torch.arange(64).view(2, 32)
+    models = [Model.model_validate({**shape, "layers": n, "context": 32, "vocab": 200}) for n in (1, 3)]
+    one, three = (kept_by_autograd(model, tokens_BS, dtype) for model in models)
+    assert three - one == 2 * layer_activations(models[0], 64, element)
+
+    batch = Batch(micro=2, global_=2, seq_length=32)
+    run = Run(steps=1, dtype="bf16" if element == 2 else "fp32")
+    memory = fullest_rank(Config(model=models[0], batch=batch, optim=Optim(lr=1e-3), run=run))
+    head_gradient = 4 * models[0].vocab_padded * 64  # counted with the logits
+    assert one == memory.activations + head_gradient
+
+
+def test_the_chunks_of_logits_are_those_of_the_kernel() -> None:
+    linear_cross_entropy = importlib.import_module("megapre.kernels.linear_cross_entropy")
+    assert linear_cross_entropy.MAX_LOGITS == MAX_LOGITS
+    model = Model(family="gpt2", layers=1, hidden=64, heads=1, context=8, vocab=50257)
+    for device, most in MAX_LOGITS.items():
+        for tokens in (1, 100, 4096, 65536):
+            rows = linear_cross_entropy.chunk_rows(tokens, model.vocab_padded, most)
+            head = (4 + 2) * model.vocab_padded * 64
+            assert logits_bytes(model, tokens, 2, device=device) == 2 * rows * model.vocab_padded + head
+    assert f", {LOGITS_ROWS})" in inspect.getsource(linear_cross_entropy.chunk_rows)
+
+
+def layout(recipe: str, **sizes: object) -> Config:
+    return load(recipe, [f"{key.replace('_', '.', 1)}={value}" for key, value in sizes.items()])
+
+
+def test_states_are_eighteen_bytes_a_parameter_and_sharded_six_and_twelve() -> None:
+    cfg = load("gpt2-124m")
+    held = stage_parameters(cfg.model, 1, 1, first=True, last=True)
+    one = fullest_rank(cfg)
+    assert one.weights + one.gradients + one.master + one.moments == 18 * held
+    eight = fullest_rank(cfg, dp=8)
+    assert eight.weights + eight.gradients == 6 * held
+    assert 0 <= eight.master + eight.moments - 12 * held / 8 < 2  # rounded up to whole bytes
+    single = fullest_rank(layout("gpt2-124m", run_dtype="fp32"))
+    assert (single.weights, single.master) == (4 * held, 0)  # fp32 weights are their own master
+    assert one.total == sum(value for key, value in one.as_json().items() if key != "total")
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("micro_batches", [1, 3, 8])
+def test_in_flight_is_that_of_the_schedule(schedule: str, micro_batches: int) -> None:
+    cfg = layout("gpt2-124m", layout_pp=4, layout_schedule=schedule, batch_global=2 * micro_batches, batch_micro=2)
+    programs = build(schedule, 4, 1, micro_batches)
+    assert [chunks_in_flight(cfg, stage) for stage in range(4)] == [peak_in_flight(program) for program in programs]
+
+
+def test_interleaved_first_stage_holds_the_published_share() -> None:
+    cfg = layout("gpt2-124m", layout_pp=2, layout_vpp=3)
+    p, v = 2, 3
+    assert chunks_in_flight(cfg, 0) / v == p * (1 + (p - 1) / (p * v))
+
+
+def test_first_and_last_stage() -> None:
+    cfg = layout("llama3-8b", layout_pp=4)
+    stages = [stage_memory(cfg, stage) for stage in range(4)]
+    assert stages[0].activations > stages[1].activations > stages[2].activations > stages[3].activations
+    assert [memory.logits > 0 for memory in stages] == [False, False, False, True]
+    assert stages[0].weights > stages[1].weights == stages[2].weights < stages[3].weights
+    assert fullest_rank(cfg).total == max(memory.total for memory in stages)
+
+
+def test_tensor_and_sequence_parallel_shares() -> None:
+    model = load("llama3-8b").model
+    whole = layer_activations(model, 8192, 2)
+    assert layer_activations(model, 8192, 2, tp=8) * 8 == whole
+    with_whole_norms = layer_activations(model, 8192, 2, tp=8, sequence_parallel=False)
+    outer = 8192 * (2 * 4 * model.hidden + 2 * 4)
+    assert with_whole_norms * 8 == whole + 7 * outer
