@@ -103,7 +103,7 @@ def build_samples(data: "Data", split: str, size: int, seq_length: int, seed: in
 
 def blended(mixture: Mixture, size: int, reading: Reading) -> Samples:
     """At least `size` samples of a mixture, equal to Megatron's for one source, weights, and one exhaustive pass."""
-    sources = [IndexedDataset(prefix) for prefix in mixture.prefixes]
+    sources = [_open(prefix) for prefix in mixture.prefixes]
     if len(sources) == 1:
         return reading.dataset(sources[0], size)
     if mixture.weights is not None:
@@ -125,7 +125,7 @@ def staged(stages: Sequence[tuple[int, Mixture]], size: int, reading: Reading) -
     A boundary within a sample is moved to that sample's end.
     """
     prefixes = list(dict.fromkeys(prefix for _, mixture in stages for prefix in mixture.prefixes))
-    sources = [IndexedDataset(prefix) for prefix in prefixes]
+    sources = [_open(prefix) for prefix in prefixes]
     asked = [0] * len(prefixes)  # of each source, with the surplus
     given = np.zeros(len(prefixes), np.int64)  # of each source by the stages before
     parts: list[BlendIndex] = []
@@ -153,6 +153,16 @@ def staged(stages: Sequence[tuple[int, Mixture]], size: int, reading: Reading) -
         renumber[np.concatenate([part.dataset for part in parts])], np.concatenate([part.sample for part in parts])
     )
     return Blend(datasets, whole, [prefixes[place] for place in used])
+
+
+def _open(prefix: str) -> IndexedDataset:
+    dataset, sidecar = IndexedDataset(prefix), read_sidecar(prefix)
+    if sidecar is not None and (sidecar.documents, sidecar.tokens) != (dataset.documents, dataset.tokens):
+        raise DataError(
+            f"{prefix}.meta.json describes {sidecar.documents:,} documents of {sidecar.tokens:,} tokens, but {prefix}.idx "
+            f"holds {dataset.documents:,} of {dataset.tokens:,}: they are not of the same dataset"
+        )
+    return dataset
 
 
 def _blend_index(mixture: Mixture, size: int, reading: Reading, sizes: tuple[int, ...]) -> BlendIndex:

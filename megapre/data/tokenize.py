@@ -1,0 +1,269 @@
+"""Text files to a dataset of tokens: `megapre tokenize`.
+
+The inputs are cut into shards (shards.py), encoded by as many processes as wanted into `PREFIX_KEY_document.parts/`,
+and joined in their order, so the result does not depend on the number of processes. The dataset takes its name at the
+very end. A run that was interrupted, or failed, goes on where it was when it is started again.
+"""
+
+import errno
+import fcntl
+import hashlib
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+from .. import __version__
+from .documents import expand
+from .errors import DataError
+from .indexed import IndexedDataset, IndexedWriter
+from .progress import Progress
+from .shards import Manifest, Options, Shard, Stopped, encode, plan
+from .sidecar import Sidecar, read_sidecar, write_sidecar
+from .tokenizer import Tokenizer, load_tokenizer
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+AnyPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `run` made: the prefix of the dataset, its counts (`bytes` of UTF-8 text), and what was passed over."""
+
+    prefix: str
+    documents: int
+    tokens: int
+    bytes: int
+    skipped: int
+    problems: tuple[str, ...]
+    seconds: float
+
+
+def run(
+    inputs: Sequence[AnyPath] | AnyPath,
+    output_prefix: AnyPath,
+    tokenizer: AnyPath,
+    json_key: str = "text",
+    workers: int = 0,
+    append_eos: bool = True,
+    on_error: str = "fail",
+    progress: bool = True,
+    separator: str | None = None,
+) -> Result:
+    """Tokenize text into `{output_prefix}_{json_key}_document.{bin,idx}`, with sidecar and tokenizer beside them.
+
+    `inputs`: .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, folders of them, or patterns; `json_key` the field
+    or column that holds the text; `workers` processes, 0 for one a core; `append_eos` end every document that is not
+    empty with the end-of-document token; `on_error` "fail" at the first bad document, or "skip" and count; `separator`
+    what stands between the documents of a .txt file, which otherwise is one document.
+    The same inputs and options as those of an existing dataset leave it as it is. Raises DataError on bad input, on a
+    full disk, and where a dataset of this name was made from something else; nothing appears under the final name then.
+    """
+    if on_error not in ("fail", "skip"):
+        raise DataError(f"on_error '{on_error}'; there are fail and skip")
+    if separator == "" or workers < 0:
+        raise DataError(f"separator {separator!r} and workers {workers}: neither may be empty or negative")
+    started = time.monotonic()
+    files = expand([inputs] if isinstance(inputs, str | os.PathLike) else inputs)
+    loaded = load_tokenizer(tokenizer)
+    if append_eos and loaded.eos_id is None:
+        raise DataError(f"tokenizer {loaded.path} has no end-of-document token; --no-eos does without")
+    options = Options(loaded.sha256, json_key, append_eos, on_error, separator)
+    shards = plan(files, separator)
+    prefix = f"{os.fspath(output_prefix)}_{json_key}_document"
+    with _working_folder(prefix) as folder:
+        if (done := _existing(prefix, shards, options, started)) is not None:
+            return done
+        with Progress(sum(shard.size for shard in shards), progress) as bar:
+            manifests = _encode_all(shards, folder, options, loaded, _processes(workers, len(shards)), bar)
+        result = _publish(prefix, shards, folder, manifests, options, loaded, started)
+    if progress:
+        print(_summary(result))
+    return result
+
+
+def _processes(workers: int, shards: int) -> int:
+    return min(workers or len(os.sched_getaffinity(0)), shards)
+
+
+@contextmanager
+def _working_folder(prefix: str) -> Iterator[Path]:
+    """The folder of shards, locked against a second run. It stays for the next one unless the dataset was published."""
+    folder = Path(f"{prefix}.parts")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # noqa: SIM115 (held to the end of this function)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another process is tokenizing into {prefix}") from None
+        for left in folder.glob(".*"):  # by a process that was killed
+            left.unlink()
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in FULL:
+                raise DataError(f"{prefix} cannot be written: {error}") from error
+            free = shutil.disk_usage(folder).free
+            raise DataError(
+                f"disk full: {error.strerror} while writing {prefix} ({free:,} bytes free); make room and start again, "
+                "finished shards are kept"
+            ) from error
+        finally:
+            if not any(folder.glob("shard-*")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _existing(prefix: str, shards: list[Shard], options: Options, started: float) -> Result | None:
+    """The dataset of this name if it is the one wanted; None where there is none. Raises DataError for another one."""
+    if not os.path.exists(f"{prefix}.idx"):
+        return None
+    sidecar = read_sidecar(prefix)
+    if sidecar is None or sidecar.source_sha256 != _source_hash([shard.key(options) for shard in shards]):
+        raise DataError(
+            f"{prefix}.idx exists and was made from other inputs or with other options; remove it, or choose another prefix"
+        )
+    IndexedDataset(prefix)
+    print(f"{prefix}: up to date, {sidecar.documents:,} documents, {sidecar.tokens:,} tokens")
+    seconds = time.monotonic() - started
+    return Result(prefix, sidecar.documents, sidecar.tokens, sidecar.bytes, 0, (), seconds)
+
+
+def _source_hash(keys: Sequence[str]) -> str:
+    return hashlib.sha256("".join(keys).encode()).hexdigest()
+
+
+def _encode_all(
+    shards: list[Shard], folder: Path, options: Options, tokenizer: Tokenizer, processes: int, bar: Progress
+) -> list[Manifest]:
+    """The manifests of all shards. Of several failures, that of the first shard is raised, whichever came first."""
+    if processes <= 1:
+        return [encode(shard, folder, options, tokenizer, bar.advance) for shard in shards]
+    # Spawned, not forked: a fork copies the locks of the libraries' threads in whatever state they are.
+    context = multiprocessing.get_context("spawn")
+    read, stop = context.Value("q", 0), context.Event()
+    pool = ProcessPoolExecutor(
+        processes, mp_context=context, initializer=_start_worker, initargs=(str(tokenizer.path), read, stop)
+    )
+    try:
+        futures = [pool.submit(_work, shard, folder, options) for shard in shards]
+        pending: set[Future[Manifest]] = set(futures)
+        while pending:
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            bar.move_to(read.value)
+            if any(future.exception() for future in done if not future.cancelled()):
+                failed = min(i for i, future in enumerate(futures) if future.done() and future.exception())
+                for future in futures[failed + 1 :]:
+                    future.cancel()
+                wait(futures[:failed])
+                break
+        return [future.result() for future in futures]
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker died, most likely for want of memory; start again with fewer --workers, finished shards are kept"
+        ) from None
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(tokenizer: str, read: "Synchronized[int]", stop: Event) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and tells by `stop`
+    global _worker
+    _worker = (load_tokenizer(tokenizer), read, stop)
+
+
+_worker: "tuple[Tokenizer, Synchronized[int], Event]"  # of a worker process, set once when it starts
+
+
+def _work(shard: Shard, folder: Path, options: Options) -> Manifest:
+    tokenizer, read, stop = _worker
+
+    def report(count: int) -> None:
+        with read.get_lock():
+            read.value += count
+        if stop.is_set():
+            raise Stopped
+
+    return encode(shard, folder, options, tokenizer, report)
+
+
+def _publish(
+    prefix: str,
+    shards: list[Shard],
+    folder: Path,
+    manifests: list[Manifest],
+    options: Options,
+    tokenizer: Tokenizer,
+    started: float,
+) -> Result:
+    """Join the shards and give the dataset its name, the index last; then the shards go."""
+    tokens = sum(manifest.tokens for manifest in manifests)
+    skipped = sum(manifest.skipped for manifest in manifests)
+    problems = tuple(problem for manifest in manifests for problem in manifest.problems)
+    if tokens == 0:
+        reason = f"; {skipped} documents were bad, the first: {problems[0]}" if problems else ""
+        raise DataError(f"the inputs hold no text{reason}")
+    joined = str(folder / "joined")
+    with IndexedWriter(joined, vocab_size=tokenizer.vocab_size) as writer:
+        for shard in shards:
+            writer.add_index(shard.prefix(folder))
+    kept = f"{prefix}.tokenizer{tokenizer.path.suffix}"
+    _copy(tokenizer.path, kept)
+    config = tokenizer.path.with_name(f"{tokenizer.path.stem}_config.json")
+    if config.is_file():  # it may name the end-of-document token
+        _copy(config, f"{prefix}.tokenizer_config.json")
+    documents, size = sum(m.documents for m in manifests), sum(m.bytes for m in manifests)
+    sidecar = Sidecar(
+        tokenizer=os.path.basename(kept),
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        eos_appended=options.append_eos,
+        documents=documents,
+        tokens=tokens,
+        bytes=size,
+        source_sha256=_source_hash([manifest.key for manifest in manifests]),
+        megapre=__version__,
+    )
+    write_sidecar(prefix, sidecar)
+    os.replace(f"{joined}.bin", f"{prefix}.bin")
+    os.replace(f"{joined}.idx", f"{prefix}.idx")
+    shutil.rmtree(folder)
+    return Result(prefix, documents, tokens, size, skipped, problems, time.monotonic() - started)
+
+
+def _copy(source: Path, target: str) -> None:
+    if os.path.exists(target) and os.path.samefile(source, target):
+        return
+    temporary = f"{target}.{os.getpid()}"
+    try:
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _summary(result: Result) -> str:
+    speed = result.bytes / 1e6 / max(result.seconds, 1e-9)
+    lines = [
+        f"{result.prefix}: {result.documents:,} documents, {result.tokens:,} tokens of {result.bytes:,} bytes, "
+        f"{result.seconds:.1f} s ({speed:.1f} MB/s)"
+    ]
+    if result.skipped:
+        named = result.problems[:5]
+        more = [f"  and {result.skipped - len(named):,} more"] if result.skipped > len(named) else []
+        lines += [f"{result.skipped:,} bad documents passed over:", *(f"  {problem}" for problem in named), *more]
+    return "\n".join(lines)
