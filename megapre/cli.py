@@ -18,6 +18,7 @@ RECIPE = click.argument("recipe")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 INPUTS = click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
 DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+JSON_KEY = click.option("--json-key", default="text", show_default=True, help="Field or column with the text.")
 RUN = click.argument("run", type=click.Path(path_type=Path))
 
 
@@ -71,7 +72,7 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool, print_config: b
 @INPUTS
 @click.option("--tokenizer", required=True, type=click.Path(path_type=Path), help="tokenizer.json or .model.")
 @click.option("--output-prefix", required=True, type=click.Path(path_type=Path), help="Writes PREFIX.bin and .idx.")
-@click.option("--json-key", default="text", show_default=True, help="Field or column that holds the text.")
+@JSON_KEY
 @click.option("--workers", default=0, show_default=True, type=click.IntRange(0), help="Processes; 0 = one a core.")
 @click.option("--no-eos", is_flag=True, help="Append no end-of-document token.")
 @click.option(
@@ -117,11 +118,12 @@ def tokenizer_group() -> None:
 @click.option("--kind", type=click.Choice(["bpe", "sentencepiece"]), default="bpe", show_default=True)
 @click.option("--vocab-size", required=True, type=click.IntRange(1), help="Tokens, special ones included.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="tokenizer.json or .model to write.")
-def tokenizer_train(inputs: tuple[Path, ...], kind: str, vocab_size: int, output: Path) -> None:
+@JSON_KEY
+def tokenizer_train(inputs: tuple[Path, ...], kind: str, vocab_size: int, output: Path, json_key: str) -> None:
     """Train a tokenizer on text: byte-level BPE (tokenizer.json) or SentencePiece (.model)."""
     from .data.tokenizer import train_tokenizer
 
-    train_tokenizer(inputs, kind=kind, vocab_size=vocab_size, out=output)
+    train_tokenizer(inputs, kind=kind, vocab_size=vocab_size, out=output, json_key=json_key)
 
 
 @cli.command("eval")
@@ -138,7 +140,7 @@ def evaluate(run: Path, data: str, batches: int, device: str) -> None:
 
 @cli.command()
 @RUN
-@click.option("--prompt", required=True, help="Text to go on from.")
+@click.option("--prompt", default="", help="Text to go on from; none begins a document.")
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
 @click.option(
     "--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 = always the likeliest."
@@ -148,6 +150,7 @@ def evaluate(run: Path, data: str, batches: int, device: str) -> None:
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--num-samples", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--explain", is_flag=True, help="At each step print the ten likeliest next tokens with probabilities.")
+@DEVICE
 def sample(
     run: Path,
     prompt: str,
@@ -158,6 +161,7 @@ def sample(
     seed: int,
     num_samples: int,
     explain: bool,
+    device: str,
 ) -> None:
     """Text from RUN's newest checkpoint."""
     from .train import sample
@@ -172,6 +176,7 @@ def sample(
         seed=seed,
         num_samples=num_samples,
         explain=explain,
+        device=device,
     )
 
 
@@ -187,7 +192,7 @@ def bench() -> None:
 @click.option("--warmup", default=3, show_default=True, type=click.IntRange(0), help="Steps before the timed ones.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result here too.")
 def bench_step(recipe: str, overrides: tuple[str, ...], steps: int, warmup: int, json_path: Path | None) -> None:
-    """Time the real training step of RECIPE on made-up tokens."""
+    """Time the real training step of RECIPE, on its data or, where it names none, on made-up tokens."""
     from .config import load
 
     cfg = load(recipe, overrides)

@@ -33,7 +33,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError([f"not TOML: {error}"], name) from None
+        raise ConfigError([f"not TOML: {error}{_quoted(text, str(error))}"], name) from None
     problems: list[str] = []
     for override in overrides:
         if problem := _override(raw, override):
@@ -185,6 +185,13 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _quoted(text: str, message: str) -> str:
+    """The line of `text` that tomllib's message speaks of."""
+    found = re.search(r"at line (\d+)", message)
+    line = text.splitlines()[int(found[1]) - 1].strip() if found else ""
+    return f": {line}" if line else ""
+
+
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
@@ -192,17 +199,14 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
 
 def _did_you_mean_key(location: Sequence[str | int]) -> str:
     """The nearest key in the same table, else the place where a key of that name does exist, else what there is."""
-    parts = [str(part) for part in location if not isinstance(part, int)]
-    table, word = ".".join(parts[:-1]), parts[-1]
-    keys = [row.key for row in describe()]
-    inside = table + "." if table else ""
-    siblings = sorted({key[len(inside) :].split(".")[0] for key in keys if key.startswith(inside)})
+    word, inside = str(location[-1]), ""
+    for part in location[:-1]:
+        inside = inside.removesuffix(".") + "[]." if isinstance(part, int) else f"{inside}{part}."
+    keys = [knob.key for knob in describe()]
+    siblings = sorted({key.removeprefix(inside).split(".")[0] for key in keys if key.startswith(inside)} - {word})
     if close := difflib.get_close_matches(word.lower(), siblings, n=1, cutoff=0.6):
-        return f"; did you mean {inside}{close[0]}?"
-    elsewhere = [key for key in keys if key.rsplit(".", 1)[-1] == word]
-    if elsewhere:
-        return f"; did you mean {' or '.join(elsewhere)}?"
-    names = {key.rsplit(".", 1)[-1]: key for key in keys}
-    if close := difflib.get_close_matches(word.lower(), list(names), n=1, cutoff=0.75):
-        return f"; did you mean {names[close[0]]}?"
+        return f"; did you mean {'.'.join(str(part) for part in [*location[:-1], close[0]])}?"
+    last = {key.rpartition(".")[2]: key for key in reversed(keys) if "[]" not in key}
+    if close := difflib.get_close_matches(word.lower(), last, n=1, cutoff=0.75):
+        return f"; did you mean {last[close[0]]}?"
     return f"; known here: {', '.join(siblings)}" if siblings else ""

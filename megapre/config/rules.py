@@ -7,7 +7,7 @@ Each line says what is wrong in numbers, which rule it breaks, and the nearest v
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,8 +38,12 @@ def near_multiples(value: int, divisor: int) -> str:
 
 def near_divisors(value: int, wish: int, count: int = 2) -> str:
     """The divisors of `value` nearest to `wish` by ratio, as text, smallest first."""
-    nearest = sorted(_divisors(value), key=lambda divisor: (abs(math.log(divisor / wish)), divisor))[:count]
-    return " or ".join(str(divisor) for divisor in sorted(nearest))
+    return _nearest(_divisors(value), wish, count)
+
+
+def _nearest(candidates: Iterable[int], wish: int, count: int = 2) -> str:
+    nearest = sorted(candidates, key=lambda number: (abs(math.log(number / wish)), number))[:count]
+    return " or ".join(str(number) for number in sorted(nearest))
 
 
 def batch_division(micro: int, total: int, dp: int) -> str | None:
@@ -136,10 +140,9 @@ def _stages(model: "Model", layout: "Layout") -> Problems:
         )
     if model.layers % chunks == 0:
         return
-    ways = [f"model.layers {near_multiples(model.layers, chunks)}"]
-    if layout.vpp > 1 and model.layers % layout.pp == 0:
-        ways.append(f"pp={layout.pp} vpp {near_divisors(model.layers // layout.pp, layout.vpp)}")
-    ways.append(f"pp*vpp {near_divisors(model.layers, chunks)}")
+    pairs = [(pp, vpp) for pp in _divisors(model.layers) for vpp in _divisors(model.layers // pp) if pp > 1 or vpp == 1]
+    pairs.sort(key=lambda pair: (abs(math.log(pair[0] / layout.pp)) + abs(math.log(pair[1] / layout.vpp)), pair))
+    ways = [f"model.layers {near_multiples(model.layers, chunks)}", *(f"pp={pp} vpp={vpp}" for pp, vpp in pairs[:3])]
     yield (
         f"layout: {model.layers} layers cannot be cut into pp*vpp = {layout.pp}*{layout.vpp} = {chunks} equal chunks "
         f"({model.layers} % {chunks} = {model.layers % chunks}); nearest: {', '.join(ways)}"
@@ -154,12 +157,13 @@ def _tensor(model: "Model", layout: "Layout") -> Problems:
                 f"layout: tp = {tp} does not divide model.{name} = {value} ({value} % {tp} = {value % tp}); "
                 f"nearest: tp {near_divisors(value, tp)}, model.{name} {near_multiples(value, tp)}"
             )
-    if model.kv_heads % tp and tp % model.kv_heads:
-        common = math.gcd(model.kv_heads, tp)
+    kv = model.kv_heads
+    if kv % tp and tp % kv:
+        ranks = _nearest((n for n in _divisors(model.heads) if n % kv == 0 or kv % n == 0), tp)
+        heads = _nearest((n for n in _divisors(model.heads) if n % tp == 0 or tp % n == 0), kv)
         yield (
-            f"layout: tp = {tp} neither divides model.kv_heads = {model.kv_heads} nor is a multiple of it (then each "
-            f"would be held by several ranks); nearest: tp {near_divisors(model.kv_heads, tp)}, kv_heads "
-            f"{common if common > 1 else tp}"
+            f"layout: tp = {tp} neither divides model.kv_heads = {kv} nor is a multiple of it (then several ranks "
+            f"would hold each); nearest: tp {ranks}, model.kv_heads {heads}"
         )
     if model.vocab_padded % tp:
         yield (
