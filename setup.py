@@ -34,31 +34,35 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
 
 
-def torch_arguments() -> list[str]:
-    """CMake arguments for the torch that is importable here; none if there is no torch."""
+def torch_arguments() -> dict[str, str]:
+    """CMake variables for the torch that is importable here; empty if there is none."""
     if importlib.util.find_spec("torch") is None:
-        return []
+        return {}
     import torch
     from torch.utils.cpp_extension import include_paths
 
-    lib = Path(torch.__file__).parent / "lib"
-    return [
-        "-DTORCH_INCLUDE=" + ";".join(include_paths()),
-        f"-DTORCH_LIB={lib}",
-        f"-DTORCH_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-    ]
+    return {
+        "TORCH_INCLUDE": ";".join(include_paths()),
+        "TORCH_LIB": str(Path(torch.__file__).parent / "lib"),
+        "TORCH_CXX11_ABI": str(int(torch.compiled_with_cxx11_abi())),
+    }
 
 
-def host_arguments() -> list[str]:
-    if importlib.util.find_spec("pybind11") is None:
-        return []
-    import pybind11
+def host_arguments(torch_include: str) -> dict[str, str]:
+    """CMake variables for the host module; empty without pybind11 (its package, or the copy among torch's headers)."""
+    if importlib.util.find_spec("pybind11") is not None:
+        import pybind11
 
-    return [
-        f"-DPYBIND11_INCLUDE={pybind11.get_include()}",
-        f"-DPYTHON_INCLUDE={sysconfig.get_path('include')}",
-        f"-DPYTHON_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
-    ]
+        headers = pybind11.get_include()
+    else:
+        headers = next((path for path in torch_include.split(";") if (Path(path) / "pybind11").is_dir()), "")
+    if not headers:
+        return {}
+    return {
+        "PYBIND11_INCLUDE": headers,
+        "PYTHON_INCLUDE": sysconfig.get_path("include"),
+        "PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+    }
 
 
 class NativeBuild(build_ext):
@@ -82,19 +86,22 @@ class NativeBuild(build_ext):
         if missing:
             self.leave_out("native code", f"{' and '.join(missing)} not found")
             return {}
-        torch_args, host_args = torch_arguments(), host_arguments()
-        if not torch_args:
+        tensor_ops = torch_arguments()
+        host = host_arguments(tensor_ops.get("TORCH_INCLUDE", ""))
+        if not tensor_ops:
             self.leave_out("tensor ops", "torch is not importable; install it first and use --no-build-isolation")
-        if not host_args:
+        if not host:
             self.leave_out("host module", "pybind11 is not importable")
         build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
-        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
-        # --fresh: folders in the cache of an earlier build may be gone. Ninja still rebuilds only what changed.
-        configure = ["cmake", "--fresh", "-S", ROOT, "-B", build, *generator, *torch_args, *host_args]
-        subprocess.run([tool("cmake"), *map(str, configure[1:])], check=True, stdout=sys.stderr)
-        subprocess.run([tool("cmake"), "--build", str(build)], check=True, stdout=sys.stderr)
-        outputs = {OPS: build / "libmegapre_ops.so", HOST: build / Path(HOST).name}
-        return {name: library for name, library in outputs.items() if library.exists()}
+        # Every variable is passed every time, so that none survives in CMake's cache from another environment.
+        variables = dict.fromkeys(("TORCH_INCLUDE", "TORCH_LIB", "PYBIND11_INCLUDE", "PYTHON_INCLUDE"), "")
+        variables |= {"CMAKE_MAKE_PROGRAM": str(tool("ninja"))} | tensor_ops | host
+        definitions = [f"-D{name}={value}" for name, value in variables.items()]
+        cmake = str(tool("cmake"))
+        subprocess.run([cmake, "-G", "Ninja", "-S", ROOT, "-B", build, *definitions], check=True, stdout=sys.stderr)
+        subprocess.run([cmake, "--build", build], check=True, stdout=sys.stderr)
+        built = {OPS: build / "libmegapre_ops.so"} if tensor_ops else {}
+        return built | ({HOST: build / Path(HOST).name} if host else {})
 
     def leave_out(self, what: str, why: str) -> None:
         if native_mode() == "1":

@@ -5,7 +5,6 @@ MEGAPRE_CPU_LEVEL=default|avx2|avx512 forces a code path; the best one that the 
 """
 
 import functools
-import mmap
 import os
 from pathlib import Path
 
@@ -43,12 +42,9 @@ def cpu_level() -> str:
 
 def built_for(library: Path) -> str:
     """The torch version that `library` was compiled against, read from its bytes; "" when it holds no such mark."""
-    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        mark = content.find(_VERSION_MARK)
-        if mark < 0:
-            return ""
-        start = mark + len(_VERSION_MARK)
-        return content[start : content.find(b";", start)].decode()
+    content = library.read_bytes()
+    mark = content.find(_VERSION_MARK)
+    return "" if mark < 0 else content[mark + len(_VERSION_MARK) :].split(b";", 1)[0].decode(errors="replace")
 
 
 @functools.cache
@@ -64,7 +60,7 @@ def _attempt() -> str:
     # Everything before "+" (as in 2.13.0+cpu) is what decides the binary interface of libtorch_cpu.
     here, there = torch.__version__.split("+")[0], built_for(LIBRARY)
     if here != there:
-        return f"{LIBRARY} was built for torch {there or 'of unknown version'} and this is torch {here}; build it again"
+        return f"{LIBRARY} was built for torch {there or '(unknown)'} and this is torch {here}; build it again"
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:

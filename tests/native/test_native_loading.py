@@ -1,0 +1,77 @@
+"""Whether the native library is used, and what is said when it is not."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megapre.kernels import native
+
+
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if nothing had been loaded yet; what these tests learn is forgotten afterwards."""
+    monkeypatch.delenv("MEGAPRE_NATIVE", raising=False)
+    native._attempt.cache_clear()
+    yield
+    native._attempt.cache_clear()
+
+
+def test_loading_twice_is_loading_once(ops: Any) -> None:
+    assert native.load() and native.load()
+    assert native.status() == (True, "")
+
+
+def test_records_the_torch_it_was_built_for(ops: Any) -> None:
+    assert native.built_for(native.LIBRARY) == torch.__version__.split("+")[0]
+
+
+def test_a_library_for_another_torch_is_refused(
+    ops: Any, untried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = torch.__version__.split("+")[0].encode()
+    other = version[:-1] + b"?"
+    library = tmp_path / "libmegapre_ops.so"
+    mark = b"megapre-built-for-torch="
+    library.write_bytes(native.LIBRARY.read_bytes().replace(mark + version, mark + other))
+    monkeypatch.setattr(native, "LIBRARY", library)
+    loaded, why_not = native.status()
+    assert not loaded
+    assert f"was built for torch {other.decode()} and this is torch {version.decode()}; build it again" in why_not
+
+
+def test_a_missing_library_is_a_reason_or_an_error(
+    untried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "none.so")
+    assert not native.load()
+    assert "does not exist; build it with: pip install --no-build-isolation -e ." in native.status()[1]
+    assert native.cpu_level() == ""
+    monkeypatch.setenv("MEGAPRE_NATIVE", "1")
+    with pytest.raises(native.NativeError, match=r"MEGAPRE_NATIVE=1, but .* does not exist"):
+        native.load()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library", b"megapre-built-for-torch=%s;"])
+def test_a_broken_library_is_a_reason(
+    untried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    library = tmp_path / "libmegapre_ops.so"
+    library.write_bytes(content.replace(b"%s", torch.__version__.split("+")[0].encode()))
+    monkeypatch.setattr(native, "LIBRARY", library)
+    loaded, why_not = native.status()
+    assert not loaded and str(library) in why_not
+
+
+def test_it_can_be_turned_off(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAPRE_NATIVE", "0")
+    assert native.status() == (False, "MEGAPRE_NATIVE=0 turns it off")
+    assert not native.load()
+
+
+def test_an_unknown_mode_is_an_error(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAPRE_NATIVE", "yes")
+    with pytest.raises(native.NativeError, match="MEGAPRE_NATIVE=yes: must be auto, 0 or 1"):
+        native.load()
