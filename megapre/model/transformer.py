@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megapre.model.embedding import Embedding
 from megapre.model.errors import ModelError
 from megapre.model.rope import Rotary
 
@@ -54,13 +55,6 @@ class Places(NamedTuple):
 
 class Linear(nn.Linear):
     """nn.Linear left uninitialised: `init.initialize` draws every parameter from its name."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding left uninitialised, as Linear."""
 
     def reset_parameters(self) -> None:
         pass

@@ -10,6 +10,7 @@ from megapre import kernels
 from megapre.config import Model
 from megapre.model import ModelError, Transformer, decays, initialize
 from megapre.model.cache import KVCache
+from megapre.model.embedding import Embedding
 
 
 def randomize(model: Transformer, seed: int = 3) -> None:
@@ -154,6 +155,20 @@ def test_bf16_model_follows_the_fp32_one(build, shape, tokens):
         assert error < 0.05, name  # 13 roundings of 2^-8 in a row
 
 
+def test_embedding_gradient_of_a_frequent_token_is_exact_in_bf16():
+    """torch's own CPU kernel adds 1,000 ones to 256 in bf16."""
+    ids = torch.tensor([3] * 1000 + [5, 0, 5] + [9] * 300).view(1, -1)
+    table = Embedding(12, 64, dtype=torch.bfloat16)
+    torch.nn.init.normal_(table.weight, generator=torch.Generator().manual_seed(2))
+    grad = torch.randn(1, 1303, 64, generator=torch.Generator().manual_seed(1)).bfloat16() + 1
+    out = table(ids)
+    assert torch.equal(out, table.weight[ids])
+    out.backward(grad)
+    exact = torch.zeros(12, 64, dtype=torch.float64).index_add_(0, ids[0], grad[0].double())
+    assert_close(table.weight.grad.double(), exact, rtol=2**-8, atol=0)  # one rounding to bf16, half an ulp
+    assert table.weight.grad[3].min() > 800
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_compiles_without_graph_breaks(build, shape, tokens, masked):
     model = build(shape)
@@ -169,6 +184,17 @@ def test_compiles_without_graph_breaks(build, shape, tokens, masked):
     assert_close(got, want, rtol=1e-6, atol=0)
     for name, p in model.named_parameters():
         assert_close(p.grad, grads[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_compiles_in_bf16(build, tokens):
+    model = build("gpt2", dtype=torch.bfloat16)
+    x, y = tokens(2, 16), tokens(4, 16)[2:]
+    want = torch.autograd.grad(model.loss(x, y), list(model.parameters()))
+    torch._dynamo.reset()
+    compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True, dynamic=False)
+    got = torch.autograd.grad(compiled(x, y), list(model.parameters()))
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).float().norm() <= 2**-7 * b.float().norm()
 
 
 def test_llama3_405b_is_counted_without_memory():
