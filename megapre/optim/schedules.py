@@ -25,10 +25,13 @@ def lr_at(step: int, optim: Optim, steps: int) -> float:
         raise ValueError(f"steps count from 1, got {step}")
     if step < optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
-    span = optim.decay_steps or max(steps - optim.warmup_steps, 1)
     if optim.schedule == "constant":
         return optim.lr
-    begin = steps - span if optim.schedule == "wsd" else optim.warmup_steps
-    progress = min(max((step - begin) / span, 0.0), 1.0)
+    begin, end = optim.warmup_steps, steps
+    if optim.decay_steps and optim.schedule == "wsd":
+        begin = max(steps - optim.decay_steps, begin)
+    elif optim.decay_steps:
+        end = begin + optim.decay_steps
+    progress = min(max((step - begin) / max(end - begin, 1), 0.0), 1.0)
     left = 0.5 * (1.0 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1.0 - progress
     return optim.min_lr + (optim.lr - optim.min_lr) * left
