@@ -235,14 +235,19 @@ def _mendable(error: Exception) -> str | None:
     """What to tell the user about `error`, or None where it is a bug of ours and the traceback is the message."""
     from .errors import UserError
 
-    kernels = sys.modules.get("megapre.kernels")  # it stands alone, so its error is no UserError
-    if isinstance(error, UserError) or (kernels is not None and isinstance(error, kernels.KernelUnavailable)):
+    # The kernels stand alone, so their errors are no UserErrors.
+    if isinstance(error, UserError) or (isinstance(error, ValueError) and _home(error).startswith("megapre.kernels")):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("megapre"):
-        return f"the Python package {error.name!r} is not installed here ({sys.executable}); see `megapre doctor`"
+        return f"the Python package {error.name!r} is missing in {sys.executable}; `megapre doctor` lists what is there"
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     return None
+
+
+def _home(error: Exception) -> str:
+    """The module that defines the error's class."""
+    return type(error).__module__
 
 
 if __name__ == "__main__":

@@ -1,0 +1,232 @@
+"""The command line: options reach the doors, errors are one message and exit code 2, help needs click alone."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import create_autospec
+
+import pytest
+
+import megapre.data.tokenize
+import megapre.data.tokenizer
+import megapre.train.bench
+import megapre.train.evaluate
+import megapre.train.loop
+import megapre.train.sample
+from megapre import cli
+from megapre.config import load, to_toml
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Calls `megapre` with these arguments in this process; returns the exit code."""
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["megapre", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return int(caught.value.code or 0)
+
+    return call
+
+
+def door(monkeypatch: pytest.MonkeyPatch, where: object, name: str, result: object = None) -> "object":
+    """Puts a stand-in with the same signature before the door, and returns it."""
+    stand_in = create_autospec(getattr(where, name), return_value=result)
+    monkeypatch.setattr(where, name, stand_in)
+    return stand_in
+
+
+def test_train_passes_config_and_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = door(monkeypatch, megapre.train.loop, "run", 75)
+    assert run("train", "debug", "optim.lr=1e-3", "--resume", "run.steps=7") == 75  # the door's own code
+    loop.assert_called_once_with(load("debug", ["optim.lr=1e-3", "run.steps=7"]), resume=True)  # type: ignore[attr-defined]
+
+
+def test_print_config_reproduces_the_config(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run("train", "llama3-8b", "layout.tp=4", "--print-config") == 0
+    copy = tmp_path / "copy.toml"
+    copy.write_text(capsys.readouterr().out)
+    assert load(str(copy)) == load("llama3-8b", ["layout.tp=4"])
+    assert to_toml(load(str(copy))) == copy.read_text()
+
+
+def test_tokenize(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenize = door(monkeypatch, megapre.data.tokenize, "run")
+    options = "--tokenizer t.json --output-prefix out/x --json-key body --workers 3 --no-eos --on-error skip"
+    assert run("tokenize", "a.txt", "b.jsonl.zst", *options.split()) == 0
+    tokenize.assert_called_once_with(  # type: ignore[attr-defined]
+        (Path("a.txt"), Path("b.jsonl.zst")),
+        Path("out/x"),
+        Path("t.json"),
+        json_key="body",
+        workers=3,
+        append_eos=False,
+        on_error="skip",
+    )
+
+
+def test_tokenizer_train(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = door(monkeypatch, megapre.data.tokenizer, "train_tokenizer")
+    assert (
+        run("tokenizer", "train", "a.txt", "--kind", "sentencepiece", "--vocab-size", "99", "--output", "t.model") == 0
+    )
+    train.assert_called_once_with(  # type: ignore[attr-defined]
+        (Path("a.txt"),), kind="sentencepiece", vocab_size=99, out=Path("t.model"), json_key="text"
+    )
+
+
+def test_eval_and_sample(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = door(monkeypatch, megapre.train.evaluate, "run", [])
+    sample = door(monkeypatch, megapre.train.sample, "run", [])
+    assert run("eval", "runs/x", "--data", "d", "--batches", "4", "--device", "cpu") == 0
+    evaluate.assert_called_once_with(Path("runs/x"), "d", batches=4, device="cpu")  # type: ignore[attr-defined]
+    options = "--max-new-tokens 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 9 --num-samples 2 --explain"
+    assert run("sample", "runs/x", "--prompt", "once upon", *options.split()) == 0
+    sample.assert_called_once_with(  # type: ignore[attr-defined]
+        Path("runs/x"),
+        "once upon",
+        max_new_tokens=5,
+        temperature=0.0,
+        top_k=3,
+        top_p=0.5,
+        seed=9,
+        num_samples=2,
+        explain=True,
+        device="auto",
+    )
+
+
+def test_bench_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = door(monkeypatch, megapre.train.bench, "step", {})
+    assert run("bench", "step", "debug", "batch.micro=4", "--steps", "2", "--warmup", "0", "--json", "r.json") == 0
+    bench.assert_called_once_with(  # type: ignore[attr-defined]
+        load("debug", ["batch.micro=4"]), steps=2, warmup=0, json_path=Path("r.json")
+    )
+
+
+def test_doctor_reports_every_section(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor") == 0
+    out = capsys.readouterr().out
+    for word in ("Software", "torch", "CPU", "GPU", "Native code", "Kernels", "linear_cross_entropy", "Disk"):
+        assert word in out
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), AssertionError("a bug")])
+def test_a_bug_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    door(monkeypatch, megapre.train.loop, "run").side_effect = error  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "argv", ["megapre", "train", "debug"])
+    with pytest.raises(type(error), match="a bug"):
+        cli.main()
+
+
+def test_ctrl_c_exits_with_130(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    door(monkeypatch, megapre.train.loop, "run").side_effect = KeyboardInterrupt()  # type: ignore[attr-defined]
+    assert run("train", "debug") == 130
+    assert capsys.readouterr().err.strip() == "megapre: interrupted"
+
+
+def mended(run: Run, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of arguments that exit with code 2 and print nothing else."""
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("megapre: error: ")
+    assert "Traceback" not in err
+    return err
+
+
+def test_all_problems_of_a_config_are_printed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    err = mended(run, capsys, "train", "debug", "optim.lrr=1", "model.layers=0", "batch.micro=3")
+    assert "debug.toml: 3 problems" in err
+    assert "did you mean optim.lr?" in err
+    assert err.count("\n  - ") == 3
+
+
+def test_a_missing_kernel_and_a_full_disk_are_the_users(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megapre.kernels import KernelUnavailable
+
+    loop = door(monkeypatch, megapre.train.loop, "run")
+    loop.side_effect = KernelUnavailable("no such kernel")  # type: ignore[attr-defined]
+    assert mended(run, capsys, "train", "debug") == "megapre: error: no such kernel\n"
+    loop.side_effect = OSError(28, "No space left on device", "runs/x/a.bin")  # type: ignore[attr-defined]
+    assert mended(run, capsys, "train", "debug") == "megapre: error: runs/x/a.bin: No space left on device\n"
+    loop.side_effect = ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow")  # type: ignore[attr-defined]
+    assert "the Python package 'pyarrow' is missing" in mended(run, capsys, "train", "debug")
+
+
+def test_the_traceback_is_there_when_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAPRE_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["megapre", "train", "nothing"])
+    with pytest.raises(ValueError, match="no such file"):
+        cli.main()
+
+
+def test_wrong_options_exit_with_2(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        ["train"],
+        ["trian", "debug"],
+        ["sample", "x", "--top-p", "0"],
+        ["bench", "step", "debug", "--steps", "0"],
+    ):
+        assert run(*arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "Error: " in err
+
+
+HELP = """
+import sys
+sys.argv = ["megapre", *sys.argv[1:]]
+before = set(sys.modules)
+from megapre.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+import json
+standard = set(sys.stdlib_module_names)
+tops = {name.split(".")[0] for name in set(sys.modules) - before}
+print("\\n" + json.dumps(sorted(tops - standard)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "packages"),
+    [
+        (["--help"], {"click", "megapre"}),
+        (["--version"], {"click", "megapre"}),
+        (["bench", "--help"], {"click", "megapre"}),
+        (["sample", "--help"], {"click", "megapre"}),
+    ],
+)
+def test_help_imports_click_and_nothing_else(arguments: list[str], packages: set[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", HELP, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout.splitlines()[-1])) == packages
+
+
+def test_help_of_train_lists_every_knob_and_needs_no_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP, "train", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "torch" not in json.loads(done.stdout.splitlines()[-1])
+    for text in ("optim.lr ", "model.rope_scaling.factor", "gpt2-124m, ", "--print-config", "--resume"):
+        assert text in done.stdout
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 100
+
+
+def test_a_closed_pipe_is_no_bug() -> None:
+    command = f"{sys.executable} -m megapre train --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert "Usage" in done.stdout
+    assert done.stderr == ""
+
+
+ROOT = Path(os.path.realpath(cli.__file__)).parents[1]
