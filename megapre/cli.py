@@ -28,10 +28,8 @@ class WithKnobs(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from .config import help_text, recipe_names
 
-        shipped = ", ".join(recipe_names())
-        formatter.write(
-            f"\nRECIPE is a TOML file or one of: {shipped}\n\nKnobs, as in optim.lr=3e-4:\n\n{help_text()}\n"
-        )
+        formatter.write(f"\nRECIPE is a TOML file, or one of\n  {', '.join(recipe_names())}\n")
+        formatter.write(f"\nKnobs, as in optim.lr=3e-4:\n\n{help_text()}\n")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
