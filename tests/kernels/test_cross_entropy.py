@@ -213,13 +213,13 @@ def test_linear_cross_entropy_over_many_chunks(device: str, dtype: torch.dtype) 
 def test_no_more_logits_than_allowed_exist_at_a_time() -> None:
     from megapre.kernels.linear_cross_entropy import chunk_rows
 
-    assert chunk_rows(2048, 50304, 2**26) == 1024
-    assert chunk_rows(2048, 8192, 2**26) == 2048
-    assert chunk_rows(1024, 1_000_000, 2**26) == 256
-    assert chunk_rows(1, 50304, 2**26) == 1 and chunk_rows(0, 50304, 2**26) == 0
+    assert chunk_rows(2048, 50304, 2**25) == 512
+    assert chunk_rows(2048, 8192, 2**25) == 2048
+    assert chunk_rows(1024, 1_000_000, 2**25) == 256
+    assert chunk_rows(1, 50304, 2**25) == 1 and chunk_rows(0, 50304, 2**25) == 0
     for rows in range(1, 3000, 7):
-        chunk = chunk_rows(rows, 50304, 2**26)
-        assert chunk * 50304 <= 2**26 and -(-rows // chunk) == -(-rows // 1334)
+        chunk = chunk_rows(rows, 50304, 2**25)
+        assert chunk * 50304 <= 2**25 and -(-rows // chunk) == -(-rows // 667)
 
 
 @pytest.mark.op("linear_cross_entropy")

@@ -52,6 +52,10 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
             (leaf(5, 6), leaf(11, 6), target, *SETTINGS, 2**26, *needs)
             for needs in ((True, True), (True, False), (False, True), (False, False))
         ],
+        "linear_cross_entropy_backward": [
+            (torch.tensor(0.5, device=device), leaf(5, 6).detach(), torch.randn(*shape, device=device), dtype)
+            for shape in ((11, 6), (0,))
+        ],
     }
 
 
