@@ -44,9 +44,8 @@ def build_blend(weights: ArrayLike, size: int) -> BlendIndex:
 def build_exhaustive_blend(sizes: Sequence[int]) -> BlendIndex:
     """A blend that gives each of sizes[d] samples of every dataset d once, evenly mixed; sum(sizes) samples."""
     limits = np.asarray(sizes, np.int64)
-    weights = limits / np.float64(limits.sum())  # as Megatron divides: each size by the total
-    normalize(weights)
-    return _build(weights, int(limits.sum()), limits)
+    normalize(limits)  # for its checks
+    return _build(limits / np.float64(limits.sum()), int(limits.sum()), limits)
 
 
 def requests(weights: ArrayLike, size: int) -> list[int]:

@@ -17,11 +17,11 @@ from .errors import DataError
 from .tokenizer import END_NAMES, END_OF_TEXT, Tokenizer
 
 SMALLEST = 257  # bytes and END_OF_TEXT
-# GPT-2's pattern with possessive quantifiers, as tiktoken writes it: the same pieces, but long runs of one class
-# neither backtrack nor overflow the stack.
+# GPT-2's pattern with possessive quantifiers, as tiktoken writes it: the same pieces with less backtracking.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# Other patterns backtrack over whitespace, `\s+(?!\S)`: tiktoken's engine then overflows its stack on long runs.
-RUN = 1 << 16  # characters
+# Characters. All usual patterns backtrack over whitespace, `\s+(?!\S)`, and on some hundred thousand of it tiktoken's
+# engine overflows its stack; `tokenizers` does not.
+RUN = 1 << 16
 
 # Contractions, numbers, code, all kinds of whitespace, many scripts, combining and invisible characters.
 SAMPLE = """The quick brown fox jumps over the lazy dog. It's 1,234,567.89 o'clock; we'll see they've left, I'm DON'T.
@@ -66,7 +66,6 @@ class BytePairTokenizer(Tokenizer):
         self.eos_id = _eos_id(path, vocabulary)
         self._tokens = {id_: token for token, id_ in vocabulary.items()}
         self._added = {token["id"]: token["content"] for token in self._spec.get("added_tokens") or ()}
-        self._backtracks = False
         self._encoding = self._with_tiktoken()
         self.implementation = "tokenizers" if self._encoding is None else "tiktoken"
 
@@ -88,7 +87,6 @@ class BytePairTokenizer(Tokenizer):
         except Exception as error:  # a pattern that its engine does not know
             self.why = f"tiktoken refuses it: {error}"
             return None
-        self._backtracks = form.pattern != GPT2_PATTERN
         return encoding
 
     @staticmethod
@@ -101,7 +99,7 @@ class BytePairTokenizer(Tokenizer):
         yield " ".join(token.decode("utf-8", errors="ignore") for token in chosen)
 
     def encode(self, text: str) -> list[int]:
-        if self._encoding is None or (self._backtracks and _holds_blank_block(text)):
+        if self._encoding is None or _holds_blank_block(text):
             return self.reference.encode(text, add_special_tokens=False).ids
         return self._encoding.encode_ordinary(text)
 

@@ -110,13 +110,15 @@ class GPTDataset:
         tokens, labels = line[:-1], line[1:]
         mask = np.ones(s, np.bool_)
         mask[max(held - 1, 0) :] = False  # the token at held - 1 has no successor; behind it is padding
-        starts = {0, s, *accumulate(map(len, parts[:-1]))}
+        starts = set(accumulate(map(len, parts[:-1])))
         if self.eos_id is not None:
             ends = np.flatnonzero(tokens[:held] == self.eos_id)
             starts.update((ends + 1).tolist())
             if self._mask_eos:
                 mask[ends] = False
-        cu_seqlens = np.array(sorted(start for start in starts if start <= s), np.int32)
+        # Padding belongs to the last document, so that no document is made of it.
+        inner = sorted(start for start in starts if 0 < start < min(held, s))
+        cu_seqlens = np.array([0, *inner, s], np.int32)
         return Sample(tokens, labels, mask, cu_seqlens)
 
 

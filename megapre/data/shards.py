@@ -1,8 +1,8 @@
 """The work of tokenizing, cut into shards that are done once: planning, encoding one, and knowing that it is done.
 
-The plan depends on the input files alone, never on the number of workers. A shard is a .bin, an .idx and, written last, a
-manifest with a key: the hash of the bytes it was made from and of the options. A shard whose key is as it should be is
-kept; everything else is made anew.
+The plan depends on the input files alone, never on the number of workers. A shard is a .bin, an .idx and, written last,
+a manifest with a key: the hash of the bytes it was made from and of the options. A shard whose key is as it should be
+is kept; everything else is made anew.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .atomic import write_whole
 from .documents import Part, parts_of, records
 from .errors import DataError
 from .indexed import IndexedDataset, IndexedWriter, token_dtype
@@ -142,17 +143,5 @@ def encode(
         documents = writer.documents
     tokens = IndexedDataset(prefix).tokens
     manifest = Manifest(key, documents, tokens, size, skipped, tuple(problems))
-    _write(Path(f"{prefix}.json"), json.dumps(asdict(manifest)))
+    write_whole(f"{prefix}.json", json.dumps(asdict(manifest)).encode())
     return manifest
-
-
-def _write(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from .atomic import write_whole
 from .errors import DataError
 from .indexed import bare_prefix
 
@@ -63,14 +64,4 @@ def read_sidecar(prefix: str | os.PathLike[str]) -> Sidecar | None:
 
 def write_sidecar(prefix: str | os.PathLike[str], sidecar: Sidecar) -> None:
     """Write the sidecar of a dataset, whole or not at all."""
-    path = sidecar_path(prefix)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(asdict(sidecar), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(sidecar_path(prefix), f"{json.dumps(asdict(sidecar), indent=2)}\n".encode())

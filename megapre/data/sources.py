@@ -159,8 +159,8 @@ def _open(prefix: str) -> IndexedDataset:
     dataset, sidecar = IndexedDataset(prefix), read_sidecar(prefix)
     if sidecar is not None and (sidecar.documents, sidecar.tokens) != (dataset.documents, dataset.tokens):
         raise DataError(
-            f"{prefix}.meta.json describes {sidecar.documents:,} documents of {sidecar.tokens:,} tokens, but {prefix}.idx "
-            f"holds {dataset.documents:,} of {dataset.tokens:,}: they are not of the same dataset"
+            f"{prefix}.meta.json describes {sidecar.documents:,} documents of {sidecar.tokens:,} tokens, but the "
+            f".idx holds {dataset.documents:,} of {dataset.tokens:,}: they are not of the same dataset"
         )
     return dataset
 
@@ -182,10 +182,7 @@ def _mixture(sources: "Sequence[Source]") -> Mixture:
     weights = [source.weight for source in sources]
     if not prefixes:
         raise DataError("no data is named; set data.train to the prefix of a .bin and .idx, without the ending")
-    if twice := {prefix for prefix in prefixes if prefixes.count(prefix) > 1}:
-        raise DataError(f"{', '.join(sorted(twice))} is named twice in one blend; name it once")
-    if len({weight is None for weight in weights}) > 1:
-        raise DataError("some sources of a blend have a weight and some have none; give all a weight, or none")
+    # The configuration has seen to it that all have a weight, or none.
     return Mixture(prefixes, None if weights[0] is None else tuple(float(weight or 0) for weight in weights))
 
 

@@ -23,6 +23,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from .. import __version__
+from .atomic import write_whole
 from .documents import expand
 from .errors import DataError
 from .indexed import IndexedDataset, IndexedWriter
@@ -133,7 +134,7 @@ def _existing(prefix: str, shards: list[Shard], options: Options, started: float
     sidecar = read_sidecar(prefix)
     if sidecar is None or sidecar.source_sha256 != _source_hash([shard.key(options) for shard in shards]):
         raise DataError(
-            f"{prefix}.idx exists and was made from other inputs or with other options; remove it, or choose another prefix"
+            f"{prefix}.idx exists, made from other inputs or with other options; remove it or write to another prefix"
         )
     IndexedDataset(prefix)
     print(f"{prefix}: up to date, {sidecar.documents:,} documents, {sidecar.tokens:,} tokens")
@@ -221,10 +222,10 @@ def _publish(
         for shard in shards:
             writer.add_index(shard.prefix(folder))
     kept = f"{prefix}.tokenizer{tokenizer.path.suffix}"
-    _copy(tokenizer.path, kept)
+    write_whole(kept, tokenizer.path.read_bytes())
     config = tokenizer.path.with_name(f"{tokenizer.path.stem}_config.json")
     if config.is_file():  # it may name the end-of-document token
-        _copy(config, f"{prefix}.tokenizer_config.json")
+        write_whole(f"{prefix}.tokenizer_config.json", config.read_bytes())
     documents, size = sum(m.documents for m in manifests), sum(m.bytes for m in manifests)
     sidecar = Sidecar(
         tokenizer=os.path.basename(kept),
@@ -243,17 +244,6 @@ def _publish(
     os.replace(f"{joined}.idx", f"{prefix}.idx")
     shutil.rmtree(folder)
     return Result(prefix, documents, tokens, size, skipped, problems, time.monotonic() - started)
-
-
-def _copy(source: Path, target: str) -> None:
-    if os.path.exists(target) and os.path.samefile(source, target):
-        return
-    temporary = f"{target}.{os.getpid()}"
-    try:
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _summary(result: Result) -> str:

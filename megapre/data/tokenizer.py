@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .atomic import write_whole
 from .errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -109,15 +110,11 @@ def train_tokenizer(
     if vocab_size < SMALLEST:
         raise DataError(f"vocab_size {vocab_size} is too small; {kind} needs {SMALLEST} for bytes and special tokens")
     content = train(_pieces(files, json_key), vocab_size)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
+        write_whole(file, content)
     except OSError as error:
         raise DataError(f"tokenizer {file} cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     tokenizer = load_tokenizer(file)
     if tokenizer.vocab_size < vocab_size:
         warnings.warn(
