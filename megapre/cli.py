@@ -5,7 +5,6 @@ Only click is imported here. A verb imports its room when it runs: `megapre --he
 
 import os
 import sys
-from pathlib import Path
 
 import click
 
@@ -16,10 +15,10 @@ BROKEN, INTERRUPTED = 2, 130
 
 RECIPE = click.argument("recipe")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-INPUTS = click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+INPUTS = click.argument("inputs", nargs=-1, required=True, type=click.Path())
 DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 JSON_KEY = click.option("--json-key", default="text", show_default=True, help="Field or column with the text.")
-RUN = click.argument("run", type=click.Path(path_type=Path))
+RUN = click.argument("run", type=click.Path())
 
 
 class WithKnobs(click.Command):
@@ -68,8 +67,8 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool, print_config: b
 
 @cli.command()
 @INPUTS
-@click.option("--tokenizer", required=True, type=click.Path(path_type=Path), help="tokenizer.json or .model.")
-@click.option("--output-prefix", required=True, type=click.Path(path_type=Path), help="Writes PREFIX.bin and .idx.")
+@click.option("--tokenizer", required=True, type=click.Path(), help="tokenizer.json or .model.")
+@click.option("--output-prefix", required=True, type=click.Path(), help="Writes PREFIX_text_document.bin, .idx.")
 @JSON_KEY
 @click.option("--workers", default=0, show_default=True, type=click.IntRange(0), help="Processes; 0 = one a core.")
 @click.option("--no-eos", is_flag=True, help="Append no end-of-document token.")
@@ -78,20 +77,22 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool, print_config: b
     type=click.Choice(["fail", "skip"]),
     default="fail",
     show_default=True,
-    help="Upon a broken line: stop there, or pass over it and count.",
+    help="Upon a bad document: stop there, or pass over it and count.",
 )
+@click.option("--separator", help="What stands between documents in .txt files.  [default: a file is a document]")
 def tokenize(
-    inputs: tuple[Path, ...],
-    tokenizer: Path,
-    output_prefix: Path,
+    inputs: tuple[str, ...],
+    tokenizer: str,
+    output_prefix: str,
     json_key: str,
     workers: int,
     no_eos: bool,
     on_error: str,
+    separator: str | None,
 ) -> None:
     """Turn text into a dataset of tokens.
 
-    INPUTS are .txt, .jsonl (also .gz and .zst) or .parquet files.
+    INPUTS are .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet files, or folders of them.
     """
     from .data import tokenize
 
@@ -103,6 +104,7 @@ def tokenize(
         workers=workers,
         append_eos=not no_eos,
         on_error=on_error,
+        separator=separator,
     )
 
 
@@ -115,9 +117,9 @@ def tokenizer_group() -> None:
 @INPUTS
 @click.option("--kind", type=click.Choice(["bpe", "sentencepiece"]), default="bpe", show_default=True)
 @click.option("--vocab-size", required=True, type=click.IntRange(1), help="Tokens, special ones included.")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="tokenizer.json or .model to write.")
+@click.option("--output", required=True, type=click.Path(), help="tokenizer.json or .model to write.")
 @JSON_KEY
-def tokenizer_train(inputs: tuple[Path, ...], kind: str, vocab_size: int, output: Path, json_key: str) -> None:
+def tokenizer_train(inputs: tuple[str, ...], kind: str, vocab_size: int, output: str, json_key: str) -> None:
     """Train a tokenizer on text: byte-level BPE (tokenizer.json) or SentencePiece (.model)."""
     from .data.tokenizer import train_tokenizer
 
@@ -129,7 +131,7 @@ def tokenizer_train(inputs: tuple[Path, ...], kind: str, vocab_size: int, output
 @click.option("--data", default="", help="Dataset prefix, all of it.  [default: the run's own validation data]")
 @click.option("--batches", default=0, show_default=True, type=click.IntRange(0), help="Micro-batches; 0 = all.")
 @DEVICE
-def evaluate(run: Path, data: str, batches: int, device: str) -> None:
+def evaluate(run: str, data: str, batches: int, device: str) -> None:
     """Loss, perplexity and bits per byte of RUN's newest checkpoint."""
     from .train import evaluate
 
@@ -150,7 +152,7 @@ def evaluate(run: Path, data: str, batches: int, device: str) -> None:
 @click.option("--explain", is_flag=True, help="At each step print the ten likeliest next tokens with probabilities.")
 @DEVICE
 def sample(
-    run: Path,
+    run: str,
     prompt: str,
     max_new_tokens: int,
     temperature: float,
@@ -188,8 +190,8 @@ def bench() -> None:
 @OVERRIDES
 @click.option("--steps", default=10, show_default=True, type=click.IntRange(1), help="Timed steps.")
 @click.option("--warmup", default=3, show_default=True, type=click.IntRange(0), help="Steps before the timed ones.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result here too.")
-def bench_step(recipe: str, overrides: tuple[str, ...], steps: int, warmup: int, json_path: Path | None) -> None:
+@click.option("--json", "json_path", type=click.Path(), help="Write the result here too.")
+def bench_step(recipe: str, overrides: tuple[str, ...], steps: int, warmup: int, json_path: str | None) -> None:
     """Time the real training step of RECIPE, on its data or, where it names none, on made-up tokens."""
     from .config import load
 

@@ -15,7 +15,7 @@ from ..config import Config, Model
 from . import params
 
 ELEMENT = {"bf16": 2, "fp32": 4}
-MAX_LOGITS = {"cpu": 2**26, "cuda": 2**29}
+MAX_LOGITS = {"cpu": 2**25, "cuda": 2**29}
 """Elements of the largest chunk of logits that linear_cross_entropy makes, by device."""
 LOGITS_ROWS = 256
 """Rows that a chunk has at least."""
@@ -112,8 +112,8 @@ def layer_activations(model: Model, tokens: int, element: int, tp: int = 1, sequ
     """Bytes that one layer of megapre keeps of `tokens` tokens for its backward, on one of `tp` ranks.
 
     Kept: the stream before each norm and the norm's output (4H); qkv (v is a view into it), and with rope the turned q
-    and k; the attention's output and its log-sum-exp; the ffn's inner values: before and after gelu, or gate and up,
-    silu(gate), and the product of the two.
+    and k; the attention's output and its log-sum-exp; the ffn's inner values: before and after gelu, or gate, up
+    and their gated product.
     """
     q = model.heads // tp * model.head_dim
     kv = max(model.kv_heads // tp, 1) * model.head_dim
@@ -121,7 +121,7 @@ def layer_activations(model: Model, tokens: int, element: int, tp: int = 1, sequ
     attention = (q + 2 * kv) + q + (q + kv if model.positions == "rope" else 0)
     if model.qk_norm:  # q and k before and after their norms
         attention += q + kv
-    ffn = 4 * f if model.gated else 2 * f
+    ffn = 3 * f if model.gated else 2 * f
     inner = element * (attention + ffn) + 4 * (model.heads // tp)
     outer = element * 4 * model.hidden + 2 * _norm_statistics(model, element)
     return tokens * inner + tokens * outer // (tp if sequence_parallel else 1)

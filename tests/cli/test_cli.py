@@ -58,16 +58,19 @@ def test_print_config_reproduces_the_config(run: Run, capsys: pytest.CaptureFixt
 
 def test_tokenize(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenize = door(monkeypatch, megapre.data.tokenize, "run")
-    options = "--tokenizer t.json --output-prefix out/x --json-key body --workers 3 --no-eos --on-error skip"
+    options = (
+        "--tokenizer t.json --output-prefix out/x --json-key body --workers 3 --no-eos --on-error skip --separator ---"
+    )
     assert run("tokenize", "a.txt", "b.jsonl.zst", *options.split()) == 0
     tokenize.assert_called_once_with(  # type: ignore[attr-defined]
-        (Path("a.txt"), Path("b.jsonl.zst")),
-        Path("out/x"),
-        Path("t.json"),
+        ("a.txt", "b.jsonl.zst"),
+        "out/x",
+        "t.json",
         json_key="body",
         workers=3,
         append_eos=False,
         on_error="skip",
+        separator="---",
     )
 
 
@@ -77,7 +80,7 @@ def test_tokenizer_train(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         run("tokenizer", "train", "a.txt", "--kind", "sentencepiece", "--vocab-size", "99", "--output", "t.model") == 0
     )
     train.assert_called_once_with(  # type: ignore[attr-defined]
-        (Path("a.txt"),), kind="sentencepiece", vocab_size=99, out=Path("t.model"), json_key="text"
+        ("a.txt",), kind="sentencepiece", vocab_size=99, out="t.model", json_key="text"
     )
 
 
@@ -85,11 +88,11 @@ def test_eval_and_sample(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = door(monkeypatch, megapre.train.evaluate, "run", [])
     sample = door(monkeypatch, megapre.train.sample, "run", [])
     assert run("eval", "runs/x", "--data", "d", "--batches", "4", "--device", "cpu") == 0
-    evaluate.assert_called_once_with(Path("runs/x"), "d", batches=4, device="cpu")  # type: ignore[attr-defined]
+    evaluate.assert_called_once_with("runs/x", "d", batches=4, device="cpu")  # type: ignore[attr-defined]
     options = "--max-new-tokens 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 9 --num-samples 2 --explain"
     assert run("sample", "runs/x", "--prompt", "once upon", *options.split()) == 0
     sample.assert_called_once_with(  # type: ignore[attr-defined]
-        Path("runs/x"),
+        "runs/x",
         "once upon",
         max_new_tokens=5,
         temperature=0.0,
@@ -106,7 +109,7 @@ def test_bench_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = door(monkeypatch, megapre.train.bench, "step", {})
     assert run("bench", "step", "debug", "batch.micro=4", "--steps", "2", "--warmup", "0", "--json", "r.json") == 0
     bench.assert_called_once_with(  # type: ignore[attr-defined]
-        load("debug", ["batch.micro=4"]), steps=2, warmup=0, json_path=Path("r.json")
+        load("debug", ["batch.micro=4"]), steps=2, warmup=0, json_path="r.json"
     )
 
 
