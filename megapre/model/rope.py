@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,16 @@ if TYPE_CHECKING:
     from megapre.config import Model, RopeScaling
 
 
-def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, float]:
-    """Radians per position of each rotated pair, fp32 [head_dim / 2], and a factor on cos and sin."""
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Radians per position of each rotated pair, fp32 [head_dim / 2]."""
     base = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if scaling is None:
-        return base, 1.0
+        return base
     if scaling.type == "linear":
         # Position interpolation (Chen et al. 2023, arXiv:2306.15595, eq. 4): stretch every wavelength alike.
-        return base / scaling.factor, 1.0
-    if scaling.type == "llama3":
-        return _llama3(base, scaling), 1.0
-    raise AssertionError(f"config.RopeScaling let an unknown type through: {scaling.type!r}")
+        return base / scaling.factor
+    assert scaling.type == "llama3", f"config.RopeScaling lets {scaling.type!r} through, which has no formula here"
+    return _llama3(base, scaling)
 
 
 def _llama3(base: Tensor, scaling: RopeScaling) -> Tensor:
@@ -69,9 +68,9 @@ class Rotary(nn.Module):
         if device.type == "meta":
             cos = sin = torch.empty(self.cfg.context, self.cfg.head_dim // 2, device=device)
         else:
-            frequency, factor = frequencies(self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
+            frequency = frequencies(self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
             angle = torch.outer(torch.arange(self.cfg.context, dtype=torch.float32), frequency)
-            cos, sin = (angle.cos() * factor).to(device), (angle.sin() * factor).to(device)
+            cos, sin = angle.cos().to(device), angle.sin().to(device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -79,6 +78,3 @@ class Rotary(nn.Module):
         super()._apply(fn, recurse)
         self._fill(self.cos.device)
         return self
-
-    def forward(self, *_: Any) -> None:
-        raise AssertionError("Rotary holds tables; ops.rope applies them")

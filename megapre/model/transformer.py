@@ -17,7 +17,7 @@ products have round shapes; they are zero, no token reads them and no gradient r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +33,14 @@ if TYPE_CHECKING:
     from megapre.model.cache import KVCache, LayerCache
 
 
-class Like(NamedTuple):
-    """What every parameter is made like."""
-
-    dtype: torch.dtype
-    device: torch.device | str
+Like = dict[str, Any]  # what every parameter is made like: its dtype and device
 
 
 class Places(NamedTuple):
     """Where the tokens of a batch stand. The same for every block.
 
-    Position of column s: start + s, or positions_BS where given. cos and sin (None without rope) begin at `start`.
+    Column s is at position start + s, or at positions_BS where that is given. cos and sin (None without rope) are the
+    table's rows from `start` on, or the whole table for positions_BS to choose from.
     """
 
     start: int
@@ -66,8 +63,8 @@ class LayerNorm(nn.Module):
     def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
         super().__init__()
         self.eps, self.ops = cfg.norm_eps, ops
-        self.weight = nn.Parameter(torch.empty(cfg.hidden, **like._asdict()))
-        self.bias = nn.Parameter(torch.empty(cfg.hidden, **like._asdict())) if cfg.bias else None
+        self.weight = nn.Parameter(torch.empty(cfg.hidden, **like))
+        self.bias = nn.Parameter(torch.empty(cfg.hidden, **like)) if cfg.bias else None
 
     def forward(self, x_BSH: Tensor, residual_BSH: Tensor | None) -> tuple[Tensor, Tensor]:
         """(norm(h), h) with h = x + residual, or x alone."""
@@ -81,7 +78,7 @@ class RMSNorm(nn.Module):
     def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
         super().__init__()
         self.eps, self.ops = cfg.norm_eps, ops
-        self.weight = nn.Parameter(torch.empty(cfg.hidden, **like._asdict()))
+        self.weight = nn.Parameter(torch.empty(cfg.hidden, **like))
 
     def forward(self, x_BSH: Tensor, residual_BSH: Tensor | None) -> tuple[Tensor, Tensor]:
         out = self.ops.rms_norm(x_BSH, self.weight, eps=self.eps, residual=residual_BSH)
@@ -94,7 +91,7 @@ class HeadNorm(nn.Module):
     def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
         super().__init__()
         self.eps, self.ops = cfg.norm_eps, ops
-        self.weight = nn.Parameter(torch.empty(cfg.head_dim, **like._asdict()))
+        self.weight = nn.Parameter(torch.empty(cfg.head_dim, **like))
 
     def forward(self, x_BSND: Tensor) -> Tensor:
         return self.ops.rms_norm(x_BSND, self.weight, eps=self.eps)
@@ -106,10 +103,10 @@ class Attention(nn.Module):
     def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.ops = cfg.heads, cfg.kv_heads, cfg.head_dim, ops
-        self.qkv = Linear(cfg.hidden, (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim, cfg.bias, **like._asdict())
+        self.qkv = Linear(cfg.hidden, (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim, cfg.bias, **like)
         self.q_norm = HeadNorm(cfg, ops, like) if cfg.qk_norm else None
         self.k_norm = HeadNorm(cfg, ops, like) if cfg.qk_norm else None
-        self.out = Linear(cfg.heads * cfg.head_dim, cfg.hidden, cfg.bias, **like._asdict())
+        self.out = Linear(cfg.heads * cfg.head_dim, cfg.hidden, cfg.bias, **like)
 
     def forward(self, x_BSH: Tensor, places: Places, cache: LayerCache | None) -> Tensor:
         qkv = self.qkv(x_BSH).unflatten(-1, (-1, self.head_dim))
@@ -130,8 +127,8 @@ class GeluMLP(nn.Module):
     def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
         super().__init__()
         self.ops = ops
-        self.up = Linear(cfg.hidden, cfg.ffn, cfg.bias, **like._asdict())
-        self.down = Linear(cfg.ffn, cfg.hidden, cfg.bias, **like._asdict())
+        self.up = Linear(cfg.hidden, cfg.ffn, cfg.bias, **like)
+        self.down = Linear(cfg.ffn, cfg.hidden, cfg.bias, **like)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         return self.down(self.ops.gelu(self.up(x_BSH)))
@@ -143,8 +140,8 @@ class GatedMLP(nn.Module):
     def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
         super().__init__()
         self.activation = {"swiglu": ops.swiglu, "geglu": ops.geglu}[cfg.activation]
-        self.gate_up = Linear(cfg.hidden, 2 * cfg.ffn, cfg.bias, **like._asdict())
-        self.down = Linear(cfg.ffn, cfg.hidden, cfg.bias, **like._asdict())
+        self.gate_up = Linear(cfg.hidden, 2 * cfg.ffn, cfg.bias, **like)
+        self.down = Linear(cfg.ffn, cfg.hidden, cfg.bias, **like)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         return self.down(self.activation(self.gate_up(x_BSH)))
@@ -177,15 +174,15 @@ class Transformer(nn.Module):
         self, cfg: Model, ops: Kernels, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         super().__init__()
-        like = Like(dtype, device)
+        like: Like = {"dtype": dtype, "device": device}
         self.cfg, self.ops = cfg, ops
-        self.embed = Embedding(cfg.vocab_padded, cfg.hidden, **like._asdict())
+        self.embed = Embedding(cfg.vocab_padded, cfg.hidden, **like)
         learned = cfg.positions == "learned"
-        self.positions = Embedding(cfg.context, cfg.hidden, **like._asdict()) if learned else None
+        self.positions = Embedding(cfg.context, cfg.hidden, **like) if learned else None
         self.rotary = None if learned else Rotary(cfg, device)
         self.blocks = nn.ModuleList(Block(cfg, ops, like) for _ in range(cfg.layers))
         self.norm = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[cfg.norm](cfg, ops, like)
-        self.head = None if cfg.tied else Linear(cfg.hidden, cfg.vocab_padded, False, **like._asdict())
+        self.head = None if cfg.tied else Linear(cfg.hidden, cfg.vocab_padded, False, **like)
 
     def forward(
         self,

@@ -230,6 +230,16 @@ def test_weights_that_do_not_fit_are_refused():
         from_hf(CONFIGS["gpt2"], state)
 
 
+def test_padded_or_missing_weights_are_not_exported():
+    cfg, state = from_hf(CONFIGS["llama"], hugging_face(CONFIGS["llama"]).state_dict())
+    padded = {**state, "head.weight": torch.zeros(256, 48)}
+    with pytest.raises(InteropError, match=r"implies 211 rows of head\.weight; the weights have 256"):
+        to_hf(cfg, padded)
+    del state["norm.weight"]
+    with pytest.raises(InteropError, match=r"48 rows of norm\.weight; the weights have none"):
+        to_hf(cfg, state)
+
+
 def test_a_model_without_counterpart_is_not_exported():
     cfg = Model(family="gpt2", layers=1, hidden=8, heads=2, vocab=10, context=4, positions="rope", bias=False)
     with pytest.raises(InteropError) as caught:

@@ -74,18 +74,20 @@ def test_explanations_are_the_models_own_probabilities(build, tokens):
 
 def test_eos_ends_when_every_prompt_has_met_it(build, tokens):
     model = sharpen(build("gpt2"))
-    x = tokens(2, 4)
-    free = torch.stack([s.tokens_B for s in generate(model, x, 20, temperature=1.5, seed=11)], 1)
-    eos = int(free[0, 6])
-    first = [(row == eos).nonzero()[0, 0].item() if (row == eos).any() else 20 for row in free]
-    got = torch.stack([s.tokens_B for s in generate(model, x[:1], 20, temperature=0, eos_id=-1)], 1)
-    assert got.shape == (1, 20)
-    ended = torch.stack([s.tokens_B for s in generate(model, x, 20, temperature=1.5, seed=11, eos_id=eos)], 1)
-    assert (ended[0, first[0] :] == eos).all()
-    assert torch.equal(ended[0, : first[0]], free[0, : first[0]])
-    single = [int(s.tokens_B) for s in generate(model, x[0], 20, temperature=0)]
-    stopped = [int(s.tokens_B) for s in generate(model, x[0], 20, temperature=0, eos_id=single[2])]
-    assert stopped == single[: single.index(single[2]) + 1]
+
+    def run(eos_id):
+        steps = generate(model, tokens(2, 4), 20, temperature=1.5, seed=11, eos_id=eos_id)
+        return torch.stack([step.tokens_B for step in steps], 1)
+
+    free = run(None)
+    eos = int(free[0, 3])
+    assert eos not in free[0, :3] and eos not in free[1]  # the second prompt goes on alone, with the same draws
+    ended = run(eos)
+    assert (ended[0, 3:] == eos).all() and torch.equal(ended[0, :3], free[0, :3])
+    assert torch.equal(ended[1], free[1])
+    greedy = [int(s.tokens_B) for s in generate(model, tokens(1, 4), 20, temperature=0)]
+    stopped = [int(s.tokens_B) for s in generate(model, tokens(1, 4), 20, temperature=0, eos_id=greedy[2])]
+    assert stopped == greedy[: greedy.index(greedy[2]) + 1]
 
 
 def test_seed_decides(build, tokens):

@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from megapre import kernels
-from megapre.config import Model
-from megapre.model import ModelError, Transformer, decays, initialize
+from megapre.config import load
+from megapre.model import ModelError, Transformer, decays, export_state, initialize
 from megapre.model.cache import KVCache
 from megapre.model.embedding import Embedding
 
@@ -197,14 +197,20 @@ def test_compiles_in_bf16(build, tokens):
         assert (a - b).float().norm() <= 2**-7 * b.float().norm()
 
 
-def test_llama3_405b_is_counted_without_memory():
-    cfg = Model(
-        family="llama", layers=126, hidden=16384, heads=128, kv_heads=8, ffn=53248, context=131072, vocab=128256
-    )  # fmt: skip
-    model = Transformer(cfg, kernels.choose("cpu"), dtype=torch.bfloat16, device="meta")
-    # Llama 3.1's published 405B: per layer 2 norms, q and o, k and v, three ffn matrices; final norm, embedding, head.
-    layer = 2 * 16384 + 2 * 16384**2 + 2 * 16384 * 1024 + 3 * 16384 * 53248
-    assert sum(p.numel() for p in model.parameters()) == 126 * layer + 16384 + 2 * 128256 * 16384 == 405_853_388_800
+@pytest.mark.parametrize(
+    ("recipe", "published"),
+    [
+        ("gpt2-124m", 124_439_808),
+        ("gpt2-1.5b", 1_557_611_200),
+        ("llama3-1b", 1_235_814_400),
+        ("llama3-8b", 8_030_261_248),
+        ("llama3-70b", 70_553_706_496),
+        ("llama3-405b", 405_853_388_800),
+    ],
+)
+def test_named_models_have_their_published_size_and_need_no_memory_to_be_counted(recipe, published):
+    model = Transformer(load(recipe).model, kernels.choose("cpu"), dtype=torch.bfloat16, device="meta")
+    assert sum(value.numel() for value in export_state(model).values()) == published
     assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
 
 
