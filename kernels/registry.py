@@ -29,49 +29,51 @@ class KernelUnavailable(ValueError):
     """An implementation that does not exist, or not on this machine, was asked for by name."""
 
 
+def _nothing(device: str) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Implementation:
-    """One row of the registry: a function that computes an op."""
+    """One row of the registry: a function that computes an op, and what stands in its way on a device, if anything."""
 
     op: str
     name: str
     function: Op
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    native_ops: tuple[str, ...] = ()  # ops whose C++ kernel must be registered for the device
+    why_not: Callable[[str], str] = _nothing
 
-    def why_not(self, device: str) -> str:
-        """Why this implementation cannot serve `device`; empty when it can."""
-        if device not in self.devices:
-            return f"there is none for {device}"
-        missing = [op for op in self.native_ops if not library.has_native(op, device)]
+
+def _needs_native(*ops: str) -> Callable[[str], str]:
+    """What stands in the way of a function that calls these C++ kernels."""
+
+    def why_not(device: str) -> str:
+        missing = [op for op in ops if not library.has_native(op, device)]
         if not missing:
             return ""
         loaded, reason = native.status()
         return f"the native library has no {missing[0]} for {device}" if loaded else reason
+
+    return why_not
 
 
 # In order of preference: the first that can serve a device is its default.
 IMPLEMENTATIONS = (
     Implementation("layer_norm", "torch", layer_norm.fused_torch),
     Implementation("layer_norm", "reference", layer_norm.reference),
-    Implementation(
-        "rms_norm", "native", rms_norm.native, devices=("cpu",), native_ops=("rms_norm", "rms_norm_backward")
-    ),
+    Implementation("rms_norm", "native", rms_norm.native, _needs_native("rms_norm", "rms_norm_backward")),
     Implementation("rms_norm", "torch", rms_norm.fused_torch),
     Implementation("rms_norm", "reference", rms_norm.reference),
     Implementation("rope", "reference", rope.reference),
     Implementation("gelu", "torch", gelu.fused_torch),
     Implementation("gelu", "reference", gelu.reference),
+    Implementation("swiglu", "recompute", swiglu.recomputed),
     Implementation("swiglu", "torch", swiglu.composed_torch),
     Implementation("swiglu", "reference", swiglu.reference),
+    Implementation("geglu", "recompute", swiglu.geglu_recomputed),
     Implementation("geglu", "torch", swiglu.geglu_composed_torch),
     Implementation("geglu", "reference", swiglu.geglu_reference),
     Implementation(
-        "cross_entropy",
-        "native",
-        cross_entropy.native,
-        devices=("cpu",),
-        native_ops=("cross_entropy", "cross_entropy_backward"),
+        "cross_entropy", "native", cross_entropy.native, _needs_native("cross_entropy", "cross_entropy_backward")
     ),
     Implementation("cross_entropy", "reference", cross_entropy.reference),
     Implementation("linear_cross_entropy", "chunked", linear_cross_entropy.chunked),

@@ -5,14 +5,21 @@
 
 Shapes   x [..., 2F]; y [..., F].
 Forward  about 6 FLOPs an output element (geglu 16); reads 2F, writes F.
-Backward about 12 FLOPs (geglu 28); reads 2F and dy F, writes dx 2F. Only x is kept: silu(g) is computed again.
+Backward dg = dy * u * silu'(g), du = dy * silu(g): about 12 FLOPs (geglu 28); reads 2F and dy F, writes dx 2F. Only x
+         is kept: silu(g) is computed again, where a composition keeps it, half as much as x itself.
 Floor    memory: bytes / copy rate.
+Measured bf16 2048 x 2816, forward and backward: recomputed 22.1 ms (geglu 44.8), composed 18.8 (33.4), reference 43.5
+         (99.3). The 3 ms buy 11.5 MB less kept a layer. AMD EPYC (Zen 4, AVX-512 bf16), one thread,
+         CPU time, torch 2.13, 2026-11-20.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import library
 from .gelu import reference as gelu
 from .precision import wide
 
@@ -46,3 +53,66 @@ def geglu_composed_torch(x_2F: Tensor) -> Tensor:
     """GeGLU through torch's gelu; gelu(g) is rounded to the dtype of x before the product. As `geglu_reference`."""
     gate, up = _halves(x_2F)
     return F.gelu(gate, approximate="tanh") * up
+
+
+def recomputed(x_2F: Tensor) -> Tensor:
+    """SwiGLU through `megapre::swiglu`, which keeps only x for the backward. As `composed_torch`."""
+    _halves(x_2F)
+    return torch.ops.megapre.swiglu(x_2F)  # type: ignore[no-any-return]
+
+
+def geglu_recomputed(x_2F: Tensor) -> Tensor:
+    """GeGLU through `megapre::geglu`, which keeps only x for the backward. As `geglu_composed_torch`."""
+    _halves(x_2F)
+    return torch.ops.megapre.geglu(x_2F)  # type: ignore[no-any-return]
+
+
+# The registered ops: kernels in plain torch, fake tensors, autograd.
+
+
+def _forward(x: Tensor) -> Tensor:
+    gate, up = _halves(x)
+    return F.silu(gate).mul_(up).contiguous()
+
+
+def _geglu_forward(x: Tensor) -> Tensor:
+    gate, up = _halves(x)
+    return F.gelu(gate, approximate="tanh").mul_(up).contiguous()
+
+
+def _backward(dy: Tensor, x: Tensor) -> Tensor:
+    (gate, up), dx = _halves(x), x.new_empty(x.shape)
+    dgate, dup = _halves(dx)
+    activated = F.silu(gate)
+    torch.mul(activated, dy, out=dup)
+    torch.ops.aten.silu_backward(torch.mul(dy, up, out=activated), gate, grad_input=dgate)
+    return dx
+
+
+def _geglu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    (gate, up), dx = _halves(x), x.new_empty(x.shape)
+    dgate, dup = _halves(dx)
+    activated = F.gelu(gate, approximate="tanh")
+    torch.mul(activated, dy, out=dup)
+    torch.ops.aten.gelu_backward(torch.mul(dy, up, out=activated), gate, approximate="tanh", grad_input=dgate)
+    return dx
+
+
+def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def register(ops: torch.library.Library) -> None:
+    """Registers `megapre::swiglu`, `megapre::geglu` and their backwards."""
+    for name, forward, backward in (("swiglu", _forward, _backward), ("geglu", _geglu_forward, _geglu_backward)):
+        library.add(ops, f"{name}(Tensor x) -> Tensor", forward, lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+        library.add(
+            ops, f"{name}_backward(Tensor dy, Tensor x) -> Tensor", backward, lambda dy, x: x.new_empty(x.shape)
+        )
+        differentiate = getattr(torch.ops.megapre, f"{name}_backward")
+        torch.library.register_autograd(
+            f"megapre::{name}",
+            lambda ctx, dy, differentiate=differentiate: differentiate(dy, *ctx.saved_tensors),
+            setup_context=_save,
+            lib=ops,
+        )

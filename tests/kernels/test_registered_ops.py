@@ -35,6 +35,10 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
             (leaf(5, 12).detach(), dh, leaf(5, 12).detach(), leaf(12).detach(), torch.rand(5, device=device))
             for dh in (None, leaf(5, 12).detach())
         ],
+        "swiglu": [(leaf(5, 12),), (leaf(12, 5).T,), (leaf(0, 4),)],
+        "swiglu_backward": [(leaf(5, 6).detach(), leaf(5, 12).detach())],
+        "geglu": [(leaf(5, 12),), (leaf(2, 3, 4),)],
+        "geglu_backward": [(leaf(5, 6).detach(), leaf(5, 12).detach())],
         "cross_entropy": [(leaf(5, 11), target, *SETTINGS), (leaf(11, 5).T, target, *SETTINGS)],
         "cross_entropy_backward": [
             (
