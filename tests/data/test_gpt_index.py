@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megapre.data import DataError, build_gpt_index, split_ranges
-from megapre.data.gpt_index import _sample_index_numpy, build_sample_index
+from megapre.data.gpt_index import _sample_count, _sample_index_numpy, build_sample_index
 from megapre.data.host import host
 
 
@@ -121,9 +121,9 @@ def test_a_document_beyond_int32_widens_the_rows(native: bool) -> None:
 
 
 def test_partial_samples_are_counted_in_float32_as_megatron_does() -> None:
-    lengths = np.full(1, 2**24 + 3, np.int32)
-    assert build_gpt_index(lengths, [0], None, 1, 0, add_extra_token=True, keep_partial=True).samples == 2**24 + 2
-    assert build_gpt_index(lengths, [0], None, 1, 0, add_extra_token=False, keep_partial=True).samples == 2**24 + 4
+    assert [_sample_count(tokens, 4, True) for tokens in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    assert _sample_count(2**24 + 3, 1, True) == 2**24 + 4  # the nearest float32; the ceiling would be 2^24 + 3
+    assert _sample_count(2**24 + 3, 1, False) == 2**24 + 3
 
 
 def test_nothing_to_index() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapre.data import DataError, IndexedDataset, IndexedWriter
@@ -31,6 +31,7 @@ def write(prefix: Path, documents: list[list[list[int]]], dtype: np.dtype) -> In
     return IndexedDataset(prefix)
 
 
+@settings(max_examples=50)
 @given(st.data())
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(INTEGERS))
@@ -52,6 +53,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, data: st.DataObjec
         assert dataset.document(i).tolist() == [token for sequence in document for token in sequence]
 
 
+@settings(max_examples=30)  # each syncs several files to the disk
 @given(st.data())
 def test_merging_equals_writing_in_a_row(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("merge")
