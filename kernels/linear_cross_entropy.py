@@ -154,8 +154,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, product: Tensor) -> None:
 def _blocks(like: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows of a matrix that stay in a core's cache, each with scratch space of its shape and dtype.
 
-    torch's arithmetic on two dtypes at once is not vectorised on the CPU, and whole temporaries are page faults: a
-    conversion into scratch and an addition take a fifth of the time of a mixed addition.
+    Adding bf16 to fp32, torch first makes a whole fp32 copy, and fresh memory of that size is page faults: 84 ms for 39
+    million elements, against 14 ms when they are converted and added block by block.
     """
     rows = max(2**18 // max(like.shape[1], 1), 1)
     scratch = like.new_empty(min(rows, len(like)), like.shape[1])
