@@ -69,7 +69,8 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         assert self._lock is not None, "left before it was entered"
-        if error is not None and not self._resumed and not self.metrics.exists():
+        stepped = self.metrics.exists() and self.metrics.stat().st_size > 0
+        if error is not None and not self._resumed and not stepped:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megapre.data import DataError, sidecar_of, tokenizer_path
+from megapre.data import DataError, IndexedDataset, sidecar_of, tokenizer_path
 from megapre.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ def settle(cfg: Config) -> tuple[Config, Path | None]:
         raise DataError(
             'no data is named; set data.train to the prefix of a .bin and .idx, as in data.train=["corpus"]'
         )
+    for prefix in prefixes:
+        IndexedDataset(prefix)  # missing, truncated or foreign files are told before anything else
     sidecar = sidecar_of(cfg.data)
     if sidecar is not None and cfg.model.vocab == 0:
         cfg = cfg.with_vocab(sidecar.vocab_size)
