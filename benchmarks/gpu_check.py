@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -95,6 +97,8 @@ def parts(out: Path) -> list[Part]:
     """Every part of the check, in the order they run."""
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     pytest = [PYTHON, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--maxfail=25"]
+    if importlib.util.find_spec("xdist"):  # a test is mostly compilation of kernels, on the host
+        pytest += ["-n", str(min(os.cpu_count() or 1, 12))]
     return [
         Part(
             "build",
@@ -145,10 +149,20 @@ def run_part(part: Part, log: Path, limit_s: float) -> Outcome:
             code = process.wait(timeout=limit_s)
             status = "passed" if code == 0 else "failed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
+            stop(process)
             status = "timed out"
     return Outcome(part.name, status, round(time.monotonic() - start, 1), last_line(log))
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a part: an interrupt first, on which pytest and the benchmarks print what they have, then by force."""
+    for number, patience_s in ((signal.SIGINT, 10), (signal.SIGKILL, None)):
+        os.killpg(process.pid, number)
+        try:
+            process.wait(timeout=patience_s)
+            return
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def last_line(log: Path) -> str:
