@@ -4,7 +4,7 @@
     python examples/demo/corpus.py --shipped --out DIR   the one in this repository, examples/demo/corpus
 
 Packages come through `apt-get download` (no root needed) into a cache; each becomes two files,
-train/PACKAGE.jsonl.zst and valid/PACKAGE.jsonl.zst, one JSON object {"text", "source", "title"} a line. A package that
+train/NAME.jsonl.zst and valid/NAME.jsonl.zst, one JSON object {"text", "source", "title"} a line. A package that
 is already there, made from the same package file by the same code, is left alone: stop and start as you like.
 """
 
@@ -105,13 +105,13 @@ def download(package: str, version: str, cache: Path) -> tuple[Path, str]:
 
 def convert(source: dict[str, Any], archive: Path, version: str, out: Path) -> dict[str, Any]:
     """One package to its two files, and the row that describes them (also kept beside them, for the next run)."""
-    package, digest = source["package"], sha256(archive)
+    name, package, digest = source["name"], source["package"], sha256(archive)
     recipe = hashlib.sha256(json.dumps(source, sort_keys=True).encode() + (HERE / "prose.py").read_bytes()).hexdigest()
-    done = out / "manifest" / f"{package}.json"
+    done = out / "manifest" / f"{name}.json"
     if done.exists():
         row: dict[str, Any] = json.loads(done.read_text())
-        expected = {name: file["sha256"] for name, file in row["files"].items()}
-        whole = all((out / name).exists() and sha256(out / name) == known for name, known in expected.items())
+        expected = {file: facts["sha256"] for file, facts in row["files"].items()}
+        whole = all((out / file).exists() and sha256(out / file) == known for file, known in expected.items())
         if whole and row["package_sha256"] == digest and row["recipe_sha256"] == recipe:
             return row
 
@@ -130,11 +130,12 @@ def convert(source: dict[str, Any], archive: Path, version: str, out: Path) -> d
     files = {}
     for part in ("train", "valid"):
         chosen = [d for d in documents if prose.held_out(d.id) == (part == "valid")]
-        name = f"{part}/{package}.jsonl.zst"
-        files[name] = {"documents": len(chosen), **write(out / name, chosen, f"{package} {version}")}
+        file = f"{part}/{name}.jsonl.zst"
+        files[file] = {"documents": len(chosen), **write(out / file, chosen, f"{package} {version}")}
     (out / "licences").mkdir(parents=True, exist_ok=True)
-    (out / "licences" / f"{package}.txt").write_text(licence, encoding="utf-8")
+    (out / "licences" / f"{name}.txt").write_text(licence, encoding="utf-8")
     row = {
+        "name": name,
         "package": package,
         "version": version,
         "licence": source["licence"],

@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from resiliparse.extract.html2text import extract_plain_text
@@ -221,7 +222,7 @@ def documents(source: Mapping[str, Any], pages: Mapping[str, bytes], funnel: Fun
         kept = prose(paragraphs, repeats, funnel)
         if kept:
             funnel.documents += 1
-            yield Document(f"{package}/{path}", title.strip(), "\n\n".join(kept))
+            yield Document(f"{package}/{path}", title.strip() or PurePosixPath(path).stem, "\n\n".join(kept))
 
 
 def held_out(identity: str, one_in: int = 25) -> bool:

@@ -29,7 +29,7 @@ Code, tables, menus and footers went with the HTML elements that hold them; the 
 (`examples/demo/prose.py` has the rules and where they come from). A near-duplicate is a paragraph of which half of the
 six-word shingles occurred before in the same package.
 
-| package | pages | documents | paragraphs | kept | dropped |
+| name | pages | documents | paragraphs | kept | dropped |
 |---|--:|--:|--:|--:|---|
 """
 
@@ -44,17 +44,17 @@ def render(rows: list[dict[str, Any]]) -> str:
         f"{len(rows)} packages, {sum(row['documents'] for row in rows):,} documents, "
         f"{sum(row['bytes'] for row in rows):,} bytes of text in {packed:,} bytes.\n\n"
     )
-    text += "| package | version | licence of the text | documents | bytes of text | sha256 of the package |\n"
-    text += "|---|---|---|--:|--:|---|\n"
+    text += "| name | package | version | licence of the text | documents | bytes of text | sha256 of the package |\n"
+    text += "|---|---|---|---|--:|--:|---|\n"
     for row in rows:
         text += (
-            f"| {row['package']} | {row['version']} | {row['licence']} | {row['documents']:,} | {row['bytes']:,} "
-            f"| `{row['package_sha256']}` |\n"
+            f"| {row['name']} | {row['package']} | {row['version']} | {row['licence']} | {row['documents']:,} "
+            f"| {row['bytes']:,} | `{row['package_sha256']}` |\n"
         )
     stated = [row for row in rows if row["statement"]]
     if stated:
         text += "\nIn the words of the copyright files:\n\n"
-        text += "".join(f"- **{row['package']}**: “{row['statement']}”\n" for row in stated)
+        text += "".join(f"- **{row['name']}**: “{row['statement']}”\n" for row in stated)
     text += FILES
     for row in rows:
         for name, file in row["files"].items():
@@ -66,7 +66,7 @@ def render(rows: list[dict[str, Any]]) -> str:
         total.update(funnel["dropped"])
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in funnel["dropped"].items())
         text += (
-            f"| {row['package']} | {funnel['pages']:,} | {funnel['documents']:,} | {funnel['paragraphs']:,} "
+            f"| {row['name']} | {funnel['pages']:,} | {funnel['documents']:,} | {funnel['paragraphs']:,} "
             f"| {funnel['kept']:,} | {reasons} |\n"
         )
     text += f"\nIn all, {sum(total.values()):,} paragraphs: "

@@ -45,14 +45,15 @@ def main() -> int:
 
 def text_to_tokens() -> None:
     tokenizer = DATA / "tokenizer.json"
-    heading("1/5", "Train a tokenizer: a byte-level BPE of 4,096 tokens on the text")
+    heading("1/5", "Train a tokenizer: a byte-level BPE of 4,096 tokens on the six novels of Jane Austen")
     if tokenizer.exists():
         print(f"{tokenizer} exists and is kept")
     else:
-        megapre("tokenizer", "train", files("train"), "--vocab-size", "4096", "--output", tokenizer)
-    heading("2/5", "Turn text into tokens: .bin and .idx files, documents held out for validation apart")
+        megapre("tokenizer", "train", TEXT / "train/austen.jsonl.zst", "--vocab-size", "4096", "--output", tokenizer)
+    heading("2/5", "Turn text into tokens; the chapters of the validation set are not in the training set")
     for part in ("train", "valid"):
-        megapre("tokenize", files(part), "--tokenizer", tokenizer, "--output-prefix", DATA / part)
+        text = TEXT / part / "austen.jsonl.zst"
+        megapre("tokenize", text, "--tokenizer", tokenizer, "--output-prefix", DATA / part)
 
 
 def train(overrides: Sequence[str]) -> bool:
@@ -61,14 +62,14 @@ def train(overrides: Sequence[str]) -> bool:
     if (RUN / "summary.json").exists():
         print(f"{RUN} holds a finished run and is kept")
         return False
-    resume = any((RUN / "checkpoints").glob("step_*"))
+    resume = RUN.exists()
     command = ["train", "demo", *dtype(), *overrides]
     megapre(*command, *(["--resume"] if resume else []))
     return not resume
 
 
 def use() -> None:
-    heading("4/5", "Evaluate it on the documents it has never seen")
+    heading("4/5", "Evaluate it on the chapters it has never seen")
     megapre("eval", RUN)
     heading("5/5", "Let it write")
     for prompt in PROMPTS:
@@ -97,15 +98,9 @@ def stopped(code: int) -> int:
 
 def megapre(*arguments: object) -> None:
     """Run one `megapre` command, shown as it would be typed. Raises CalledProcessError if it fails."""
-    words = [word for argument in arguments for word in (argument if isinstance(argument, list) else [str(argument)])]
-    shown = " ".join(word if "*" in word else shlex.quote(word) for word in words)
-    print(f"$ {program()} {shown}", flush=True)
-    expanded = [name for word in words for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
-    subprocess.run([sys.executable, "-m", "megapre.cli", *expanded], check=True)
-
-
-def files(part: str) -> list[str]:
-    return [f"{TEXT}/{part}/*.jsonl.zst"]
+    words = [str(argument) for argument in arguments]
+    print(f"$ {program()} {shlex.join(words)}", flush=True)
+    subprocess.run([sys.executable, "-m", "megapre.cli", *words], check=True)
 
 
 def dtype() -> list[str]:
