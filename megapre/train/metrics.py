@@ -220,9 +220,8 @@ def bytes_text(count: float) -> str:
 
 def duration_text(seconds: float) -> str:
     """1h08m, 3m05s, 42s."""
-    whole = round(seconds)
-    if whole >= 86400:
-        return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+    for big, small, names in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
+        if seconds >= big - small / 2:
+            parts = divmod(round(seconds / small), big // small)
+            return f"{parts[0]}{names[0]}{parts[1]:02d}{names[1]}"
+    return f"{seconds:.0f}s"

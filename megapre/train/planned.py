@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megapre import plan
+from megapre import kernels, plan
 from megapre.errors import UserError
 from megapre.mesh import Mesh
 
@@ -23,7 +23,8 @@ class TooLarge(UserError):
 
 def plan_of(cfg: Config, device: torch.device) -> plan.Plan:
     """The prediction for one rank on `device`. Raises TooLarge where not even the parameters' state would fit."""
-    found = plan.predict(cfg, Mesh(1), device.type, machine.describe(device))
+    fused_loss = kernels.choose(device.type, cfg.kernels).names["cross_entropy"] != "reference"
+    found = plan.predict(cfg, Mesh(1), device.type, machine.describe(device), fused_loss)
     memory = found.memory
     state = memory.weights + memory.gradients + memory.master + memory.moments
     room = machine.memory_size(device)
@@ -35,10 +36,10 @@ def plan_of(cfg: Config, device: torch.device) -> plan.Plan:
     return found
 
 
-def box(found: plan.Plan, kernels: dict[str, str], run_folder: str) -> str:
+def box(found: plan.Plan, used: dict[str, str], run_folder: str) -> str:
     """The boxed plan with this machine's kernels and the folder of the run."""
     by_name: dict[str, list[str]] = {}
-    for op, name in kernels.items():
+    for op, name in used.items():
         by_name.setdefault(name, []).append(op)
-    used = "\n".join(f"{name}: {', '.join(ops)}" for name, ops in sorted(by_name.items()))
-    return plan.render(found, {"kernels": used, "run folder": run_folder})
+    lines = "\n".join(f"{name}: {', '.join(ops)}" for name, ops in sorted(by_name.items()))
+    return plan.render(found, {"kernels": lines, "run folder": run_folder})

@@ -96,8 +96,8 @@ class Saver:
         fixed = [text for key, text in changes.items() if key.startswith("model.") or key in FIXED]
         if fixed:
             raise ResumeError(
-                f"the run in {self.folder.path} cannot go on with {'; '.join(fixed)}: model, dtype and batch size stay. "
-                f"Resume it with {self.folder.path / 'config.toml'}, or begin a new run under another name"
+                f"the run {self.folder.path} cannot go on with {'; '.join(fixed)}: model, dtype and batch size stay; "
+                f"resume it with {self.folder.path / 'config.toml'}, or begin a new run under another name"
             )
         if changes:
             self.screen.say(f"resuming with changes: {'; '.join(changes.values())}")

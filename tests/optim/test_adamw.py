@@ -98,7 +98,7 @@ def test_a_skipped_update_changes_nothing_and_does_not_count(implementation: str
 
 @pytest.mark.parametrize("implementation", ["torch", "reference"])
 def test_bf16_parameters_follow_fp32_master_weights(implementation: str) -> None:
-    """Fed the same gradients, master weights take the path of an fp32 run bit for bit, and bf16 ones are their rounding."""
+    """Fed the same gradients, master weights take an fp32 run's path bit for bit, and bf16 ones are their rounding."""
     wide, narrow = small_net(), small_net(torch.bfloat16)
     with torch.no_grad():  # the same start: numbers that bf16 holds
         for p, q in zip(wide.parameters(), narrow.parameters(), strict=True):

@@ -1,6 +1,7 @@
 """lr_at against closed forms written out anew, and against its stated properties."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -64,6 +65,6 @@ def test_rises_then_falls_within_bounds(schedule: str, steps: int, warmup: int, 
     rates = [lr_at(step, cfg, steps) for step in range(1, steps + 1)]
     top = min(warmup, steps)
     assert all(0 < rate <= PEAK for rate in rates)
-    assert all(a < b for a, b in zip(rates[: top - 1], rates[1:top], strict=False) if warmup)
+    assert all(a < b for a, b in pairwise(rates[:top]))
     after = rates[max(warmup, 1) - 1 :]
-    assert all(a >= b >= FLOOR for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b >= FLOOR for a, b in pairwise(after))

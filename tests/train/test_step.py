@@ -43,7 +43,7 @@ def with_holes(batch: GlobalBatch) -> GlobalBatch:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 def test_micro_batches_give_the_gradients_of_one_large_batch(family: str, schedule: str) -> None:
-    """Also where they hold unequal numbers of valid tokens: the loss is the mean over all of them, not a mean of means."""
+    """Also with unequal numbers of valid tokens: the loss is the mean over all of them, not a mean of means."""
     results = []
     for micro in (1, 2, 4, 8):
         cfg = debug(f"batch.micro={micro}", f"model.family={family}", f"layout.schedule={schedule}", "optim.lr=1e-3")
