@@ -69,11 +69,13 @@ def test_the_block_of_torch_blocks() -> None:
 
 
 QUIETLY = """
-import importlib, json, os, sys
+import contextlib, importlib, json, os, sys
 import numpy, torch
+with contextlib.suppress(ImportError):
+    import triton  # so that it is imported once, not by every child
 
-FORBIDDEN = ("socket.connect", "socket.bind", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec",
-             "os.posix_spawn", "os.fork", "os.mkdir", "os.rename", "os.remove", "urllib.Request")
+FORBIDDEN = {"socket.connect", "socket.bind", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec",
+             "os.posix_spawn", "os.fork", "os.mkdir", "os.rename", "os.remove", "urllib.Request"}
 
 def watch(event, arguments):
     if event in FORBIDDEN:

@@ -42,17 +42,16 @@ class Memory:
         return {**asdict(self), "total": self.total}
 
 
-def fullest_rank(cfg: Config, dp: int = 1, device: str = "cpu") -> Memory:
+def fullest_rank(cfg: Config, dp: int = 1, device: str = "cpu", fused_loss: bool = True) -> Memory:
     """Memory of the pipeline stage that needs most. `dp` counts all ranks that share gradients (dp * cp).
 
     What the process itself takes (the interpreter, libraries, a CUDA context) and allocator fragmentation come on top.
     """
-    return max(
-        (stage_memory(cfg, stage, dp, device) for stage in range(cfg.layout.pp)), key=lambda memory: memory.total
-    )
+    stages = (stage_memory(cfg, stage, dp, device, fused_loss) for stage in range(cfg.layout.pp))
+    return max(stages, key=lambda memory: memory.total)
 
 
-def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu") -> Memory:
+def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu", fused_loss: bool = True) -> Memory:
     """Memory of one rank of pipeline stage `stage`.
 
     States: 16-bit weights 2, fp32 gradients 4, fp32 master 4 and moments 8 bytes a parameter, the last two cut over
@@ -76,7 +75,7 @@ def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu") -> M
         master=0 if element == 4 else -(-held * 4 // dp),
         moments=-(-held * 8 // dp),
         activations=in_flight * (model.layers // (layout.pp * layout.vpp)) * one + ends,
-        logits=logits_bytes(model, tokens, element, layout.tp, device) if last else 0,
+        logits=logits_bytes(model, tokens, element, layout.tp, device, fused_loss) if last else 0,
     )
 
 
@@ -132,12 +131,21 @@ def _norm_statistics(model: Model, element: int) -> int:
     return 2 * element if model.norm == "layernorm" else 4
 
 
-def logits_bytes(model: Model, tokens: int, element: int, tp: int = 1, device: str = "cpu") -> int:
-    """Bytes of head and loss at their peak: a chunk of logits, the head's gradient in fp32, a chunk's share of it."""
+def logits_bytes(
+    model: Model, tokens: int, element: int, tp: int = 1, device: str = "cpu", fused_loss: bool = True
+) -> int:
+    """Bytes of head and loss at their peak, which is that of the whole step: every activation is there.
+
+    One chunk of logits, the head's gradient in fp32, and beside them the larger of a chunk's share of that gradient
+    and, where cross-entropy is composed of torch's operations instead of one kernel, its fp32 copies of the chunk.
+    """
     columns = -(-model.vocab_padded // tp)
     most = max(MAX_LOGITS[device] // max(columns, 1), LOGITS_ROWS)
     chunks = max(-(-tokens // most), 1)
-    return element * -(-tokens // chunks) * columns + (4 + element) * columns * model.hidden
+    chunk, table = -(-tokens // chunks) * columns, columns * model.hidden
+    share = table * (element if device == "cpu" else 4 if element == 2 else 0)  # on CUDA a product may add in fp32
+    copies = 0 if fused_loss else 4 * chunk * (3 if element == 2 else 2)
+    return element * chunk + 4 * table + max(share, copies)
 
 
 def megatron_layer_activations(

@@ -63,9 +63,10 @@ class Plan:
         }
 
 
-def predict(cfg: Config, mesh: Grid, device: str = "cpu", name: str = "") -> Plan:
+def predict(cfg: Config, mesh: Grid, device: str = "cpu", name: str = "", fused_loss: bool = True) -> Plan:
     """The plan of `cfg`, whose vocabulary must be known, on `mesh` with devices of type `device` ("cpu" or "cuda") that
-    the driver calls `name`. Raises ConfigError where the batch cannot be cut over the mesh.
+    the driver calls `name`. `fused_loss`: whether cross-entropy is one kernel there. Raises ConfigError where the batch
+    cannot be cut over the mesh.
     """
     found = hardware.find(name)
     return Plan(
@@ -76,6 +77,6 @@ def predict(cfg: Config, mesh: Grid, device: str = "cpu", name: str = "") -> Pla
         micro_batches=cfg.batch.micro_batches(mesh.dp),
         flops_per_token=flops.per_token(cfg.model, cfg.batch.seq_length),
         flops_per_token_full=flops.per_token(cfg.model, cfg.batch.seq_length, "full"),
-        memory=memory.fullest_rank(cfg, mesh.dp * mesh.cp, device),
+        memory=memory.fullest_rank(cfg, mesh.dp * mesh.cp, device, fused_loss),
         peak=found.peak(cfg.run.dtype) if found else None,
     )
