@@ -21,6 +21,7 @@ from . import (
     rope,
     swiglu,
 )
+from .triton import ops as triton
 
 Op = Callable[..., Any]
 
@@ -58,30 +59,42 @@ def _needs_native(*ops: str) -> Callable[[str], str]:
 
 # In order of preference: the first that can serve a device is its default.
 IMPLEMENTATIONS = (
+    Implementation("layer_norm", "triton", triton.layer_norm, triton.why_not),
     Implementation("layer_norm", "torch", layer_norm.fused_torch),
     Implementation("layer_norm", "reference", layer_norm.reference),
     Implementation("rms_norm", "native", rms_norm.native, _needs_native("rms_norm", "rms_norm_backward")),
+    Implementation("rms_norm", "triton", triton.rms_norm, triton.why_not),
     Implementation("rms_norm", "torch", rms_norm.fused_torch),
     Implementation("rms_norm", "reference", rms_norm.reference),
+    Implementation("rope", "triton", triton.rope, triton.why_not),
     Implementation("rope", "reference", rope.reference),
+    Implementation("gelu", "triton", triton.gelu, triton.why_not),
     Implementation("gelu", "torch", gelu.fused_torch),
     Implementation("gelu", "reference", gelu.reference),
+    Implementation("swiglu", "triton", triton.swiglu, triton.why_not),
     Implementation("swiglu", "recompute", swiglu.recomputed),
     Implementation("swiglu", "torch", swiglu.composed_torch),
     Implementation("swiglu", "reference", swiglu.reference),
+    Implementation("geglu", "triton", triton.geglu, triton.why_not),
     Implementation("geglu", "recompute", swiglu.geglu_recomputed),
     Implementation("geglu", "torch", swiglu.geglu_composed_torch),
     Implementation("geglu", "reference", swiglu.geglu_reference),
     Implementation(
         "cross_entropy", "native", cross_entropy.native, _needs_native("cross_entropy", "cross_entropy_backward")
     ),
+    Implementation("cross_entropy", "triton", triton.cross_entropy, triton.why_not),
     Implementation("cross_entropy", "reference", cross_entropy.reference),
+    Implementation("linear_cross_entropy", "triton", triton.linear_cross_entropy, triton.why_not),
     Implementation("linear_cross_entropy", "chunked", linear_cross_entropy.chunked),
     Implementation("linear_cross_entropy", "reference", linear_cross_entropy.reference),
+    Implementation("attention", "sdpa_or_triton", triton.attention_by_mask, triton.why_not),
     Implementation("attention", "sdpa", attention.sdpa),
+    Implementation("attention", "triton", triton.attention, triton.why_not),
     Implementation("attention", "reference", attention.reference),
+    Implementation("adamw_", "triton", triton.adamw_, triton.why_not),
     Implementation("adamw_", "torch", adamw.fused_torch),
     Implementation("adamw_", "reference", adamw.reference),
+    Implementation("grad_norm", "triton", triton.grad_norm, triton.why_not),
     Implementation("grad_norm", "reference", grad_norm.reference),
 )
 
@@ -145,6 +158,8 @@ def _choose(device: str, overrides: Mapping[str, str]) -> dict[str, Implementati
     if kind not in ("cpu", "cuda"):
         raise KernelUnavailable(f"kernels: device is {device!r}; there are implementations for cpu and cuda")
     library.register()
+    if not triton.why_not(kind):
+        triton.register()
     unknown = sorted(set(overrides) - set(OPS))
     if unknown:
         raise KernelUnavailable(f"kernels: there is no op {', '.join(unknown)}; the ops are {', '.join(OPS)}")

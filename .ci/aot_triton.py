@@ -1,0 +1,253 @@
+"""Compiles every Triton kernel ahead of time, without a GPU, and compares what it needs with the committed table.
+
+    python .ci/aot_triton.py            compare with tests/triton/aot_table.json; fails on a spill that is not accepted there
+    python .ci/aot_triton.py --update   write the table
+    python .ci/aot_triton.py --cases attention --arch 90
+
+The launch functions themselves are called, on meta tensors of real sizes; what they would launch is recorded and compiled
+for each architecture, so that the table shows the block sizes and warps that run. Registers and stack come from the cubin.
+Registers may differ between Triton's releases: with another release than the table's, only spills and shared memory beyond
+the architecture's limit count.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from megapre.kernels.triton import (
+    activation,
+    adamw,
+    attention,
+    attention_backward,
+    cross_entropy,
+    grad_norm,
+    linear_cross_entropy,
+    norm,
+    rope,
+)
+
+TABLE = Path(__file__).parent.parent / "tests" / "triton" / "aot_table.json"
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def norms(width: int) -> None:
+    x, weight = empty(8192, width), empty(width)
+    for centred in (False, True):
+        bias = weight if centred else None
+        for residual in (None, x):
+            _, _, mean, rstd = norm.forward(x, weight, bias, 1e-5, residual, centred)
+            norm.backward(x, residual, x, weight, mean, rstd, centred, centred)
+
+
+def cross_entropies(vocab: int) -> None:
+    logits, labels = empty(4096, vocab), empty(4096, dtype=torch.int64)
+    for smoothing in (0.0, 0.1):
+        settings = (-100, smoothing, 1e-4, vocab - 47)
+        losses, lse = cross_entropy.forward(logits, labels, *settings)
+        cross_entropy.forward_in_place(logits, labels, losses, *settings)
+        cross_entropy.gradient(losses, logits, labels, lse, *settings)
+        part = cross_entropy.statistics(logits, labels, vocab, vocab, smoothing)
+        cross_entropy.merge(torch.stack([part, part]), labels, -100, smoothing, 0.0, 2 * vocab)
+
+
+def linear_cross_entropies() -> None:
+    x, labels = empty(8192, 768), empty(8192, dtype=torch.int64)
+    linear_cross_entropy.forward_chunks(x, empty(128256, 768), labels, -100, 0.0, 0.0, 128256, True, True)
+
+
+def ropes(heads: int, k_heads: int, head_dim: int) -> None:
+    q, k = empty(2, 4096, heads, head_dim), empty(2, 4096, k_heads, head_dim)
+    table = empty(4096, head_dim // 2, dtype=torch.float32)
+    for interleaved in (False, True):
+        rope.rotate(q, k, table, table, None, interleaved)
+        rope.rotate(q, k, table, table, empty(2, 4096, dtype=torch.int64), interleaved, backward=True, in_place=True)
+
+
+def activations(width: int) -> None:
+    x, y, bias = empty(8192, 2 * width), empty(8192, width), empty(width)
+    for kind in (activation.SILU.value, activation.GELU_TANH.value):
+        activation.gated_forward(x, kind)
+        activation.gated_backward(y, x, kind)
+    for kind in (activation.GELU_TANH.value, activation.GELU_ERF.value):
+        for b in (None, bias):
+            activation.gelu_forward(y, b, kind)
+            activation.gelu_backward(y, y, b, kind)
+
+
+def optimizers() -> None:
+    state, scalar = empty(1 << 26, dtype=torch.float32), empty(dtype=torch.float32)
+    for param, grad in ((empty(1 << 26), empty(1 << 26)), (empty(1 << 26), state), (state, state)):
+        adamw.step_(param, state, state, state, grad, scalar, scalar, 0.9, 0.95, 1e-8, 0.1, scalar, scalar)
+        grad_norm.norm([grad])
+
+
+def attentions(head_dim: int, dtype: torch.dtype) -> None:
+    q = empty(2, 4096, 32, head_dim, dtype=dtype)
+    k = empty(2, 4096, 8, head_dim, dtype=dtype)
+    cu_seqlens = empty(17, dtype=torch.int32)
+    for causal, documents, window in ((True, None, None), (True, cu_seqlens, None), (True, None, 1024), (False, None, None)):
+        o, lse, bounds = attention.forward_with_documents(q, k, k, causal, documents, window, 0.1)
+        attention_backward.backward(o, None, q, k, k, o, lse, bounds, causal, window, 0.1)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    **{f"norm {width}": lambda width=width: norms(width) for width in (128, 768, 4096, 8192, 12288, 16384, 32768)},
+    **{f"cross_entropy {vocab}": lambda vocab=vocab: cross_entropies(vocab) for vocab in (50304, 131072)},
+    "linear_cross_entropy": linear_cross_entropies,
+    "rope 32+8x128": lambda: ropes(32, 8, 128),
+    "rope 12+12x64": lambda: ropes(12, 12, 64),
+    **{f"activation {width}": lambda width=width: activations(width) for width in (3072, 14336)},
+    "optimizer": optimizers,
+    **{f"attention {d}": lambda d=d: attentions(d, torch.bfloat16) for d in (32, 64, 96, 128, 256)},
+    "attention 128 fp32": lambda: attentions(128, torch.float32),
+}
+
+Launch = tuple[JITFunction, dict[str, Any], dict[str, Any]]
+
+
+@contextlib.contextmanager
+def recording(launches: list[Launch]) -> Iterator[None]:
+    """Inside, a launch is written down instead of made."""
+    original = JITFunction.run
+
+    def record(fn: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = [parameter.name for parameter in fn.params]
+        values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+        launches.append((fn, values, {k: v for k, v in kwargs.items() if k not in names}))
+
+    JITFunction.run = record
+    try:
+        yield
+    finally:
+        JITFunction.run = original
+
+
+def specialize(fn: JITFunction, values: dict[str, Any]) -> tuple[dict[str, str], dict, dict]:
+    """(signature, constants, attributes) as Triton makes them from the arguments of a launch."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(fn.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i64" if abs(value) >= 2**31 else "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def label_of(fn: JITFunction, values: dict[str, Any], options: dict[str, Any]) -> str:
+    """The kernel with its constants and the dtype of its first tensor: what tells its compiled forms apart."""
+    dtype = str(next(v.dtype for v in values.values() if isinstance(v, torch.Tensor))).removeprefix("torch.")
+    flags = [
+        (p.name if values[p.name] is True else f"{p.name}={values[p.name]}")
+        for p in fn.params
+        if p.is_constexpr and values[p.name] is not False
+    ]
+    return f"{fn.__name__}[{dtype} {' '.join([*flags, *(f'{k}={v}' for k, v in sorted(options.items()))])}]"
+
+
+def measure(arch: int, launch: Launch) -> dict[str, Any]:
+    """Registers a thread, stack (spills) and shared memory in bytes; {"error": ...} when it does not compile."""
+    fn, values, options = launch
+    signature, constants, attributes = specialize(fn, values)
+    source = ASTSource(fn, signature, constexprs=constants, attrs=attributes)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    except Exception as error:  # whatever the compiler raises is this case's result
+        return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        text = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {
+        "registers": numbers["REG"],
+        "spill": numbers["STACK"] + numbers["LOCAL"],
+        "shared": compiled.metadata.shared,
+    }
+
+
+def compile_case(job: tuple[str, int]) -> dict[str, dict[str, Any]]:
+    """{label: numbers} of all launches of one case for one architecture."""
+    name, arch = job
+    launches: list[Launch] = []
+    with recording(launches):
+        CASES[name]()
+    distinct = {label_of(*launch): launch for launch in launches}
+    return {f"sm_{arch} {name}: {label}": measure(arch, launch) for label, launch in distinct.items()}
+
+
+def problems(rows: dict[str, dict[str, Any]], table: dict[str, Any], same_triton: bool) -> list[str]:
+    """What is wrong: an error, a spill without a reason, too much shared memory, or a difference from the table."""
+    found = []
+    for label, row in rows.items():
+        accepted = table["accepted"].get(label.split(": ", 1)[1])
+        arch = int(re.match(r"sm_(\d+)", label)[1])  # type: ignore[index]
+        if "error" in row:
+            found.append(f"{label}: {row['error']}")
+        elif row["spill"] and not accepted:
+            found.append(f"{label}: spills {row['spill']} bytes; accept it with a reason in {TABLE.name}, or shrink it")
+        elif row["shared"] > SHARED_LIMIT[arch]:
+            found.append(f"{label}: {row['shared']} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
+        elif same_triton and table["rows"].get(label) != row:
+            found.append(f"{label}: {row}, the table has {table['rows'].get(label)}; run with --update if it is meant")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="write the table")
+    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    jobs = [(name, arch) for arch in arguments.arch for name in CASES if arguments.cases in name]
+    rows: dict[str, dict[str, Any]] = {}
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for result in pool.map(compile_case, jobs):
+            rows |= result
+    for label, row in rows.items():
+        numbers = row.get("error") or "{registers:4d} registers {spill:5d} spill {shared:7d} shared".format(**row)
+        print(f"{numbers}  {label}")
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": "", "accepted": {}, "rows": {}}
+    if arguments.update:
+        table["triton"] = triton.__version__
+        table["rows"] = table["rows"] | rows if arguments.cases or len(arguments.arch) < 3 else rows
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    found = problems(rows, table, table["triton"] == triton.__version__)
+    print(*found, f"{len(rows)} kernels compiled, {len(found)} problems", sep="\n")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+# mypy: allow-untyped-defs
+"""AdamW on a flat shard in one launch; learning rate, step, gradient scale and overflow flag are read on the device.
+
+    g = grad * grad_scale;   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2
+    master = master (1 - lr wd) - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps);   param = master rounded
+
+Bytes    an element: grad 2 or 4 read, master, m, v 12 read and 12 written, bf16 parameter 2 written.
+Floor    bytes / copy rate: 6.5 ms per 1e9 parameters with bf16 gradients on an H200. Not yet run on a GPU.
+
+Nothing on the host waits or branches, so the launch can be captured in a CUDA graph: with the overflow flag set there
+are no blocks to walk. Scalars of the launch are fp32; 1 - b and log b are rounded from fp64 once each, and
+1 - b^t = -expm1(t log b) keeps its digits at the first steps, where 1 - b^t in fp32 would lose four of seven.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import ceil_div, multiprocessors
+
+
+@triton.jit
+def _one_minus_exp(y):
+    """1 - exp(y) for y <= 0 in fp32, to a few units in the last place: a series where the subtraction would cancel."""
+    series = 1.0 + y / 8.0
+    series = 1.0 + y / 7.0 * series
+    series = 1.0 + y / 6.0 * series
+    series = 1.0 + y / 5.0 * series
+    series = 1.0 + y / 4.0 * series
+    series = 1.0 + y / 3.0 * series
+    series = 1.0 + y / 2.0 * series
+    return tl.where(y > -0.4, -y * series, 1.0 - tl.exp(y))
+
+
+@triton.jit
+def adamw_kernel(
+    param, master, exp_avg, exp_avg_sq, grad, lr_at, step_at, scale_at, found_inf_at, count,
+    beta1, rest1, log_beta1, beta2, rest2, log_beta2, eps, weight_decay,
+    SCALED: tl.constexpr, GUARDED: tl.constexpr, SEPARATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(count, BLOCK)
+    if GUARDED:
+        blocks = tl.where(tl.load(found_inf_at) > 0, 0, blocks)
+    lr = tl.load(lr_at).to(tl.float32)
+    step = tl.load(step_at).to(tl.float32)
+    decay = 1.0 - lr * weight_decay
+    rate = lr / _one_minus_exp(step * log_beta1)
+    correction2 = _one_minus_exp(step * log_beta2)
+    if SCALED:
+        scale = tl.load(scale_at).to(tl.float32)
+    lane = tl.arange(0, BLOCK)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        at = tl.cast(block, tl.int64) * BLOCK + lane
+        inside = at < count
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(exp_avg + at, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
+        p = tl.load(master + at, mask=inside, other=0.0)
+        if SCALED:
+            g = g * scale
+        m = beta1 * m + rest1 * g
+        v = beta2 * v + rest2 * g * g
+        p = p * decay - rate * m / (tl.sqrt_rn(tl.div_rn(v, correction2)) + eps)
+        tl.store(exp_avg + at, m, mask=inside)
+        tl.store(exp_avg_sq + at, v, mask=inside)
+        tl.store(master + at, p, mask=inside)
+        if SEPARATE:
+            tl.store(param + at, p.to(param.dtype.element_ty), mask=inside)
+
+
+def step_(
+    param: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One update in place. All flat and contiguous, of one length; master and moments fp32; scalars 0-dim, on the device.
+
+    `param` may share the memory of `master`. ValueError when a tensor of the state is not contiguous or not fp32.
+    """
+    state = (master, exp_avg, exp_avg_sq)
+    if not all(t.is_contiguous() for t in (param, grad, *state)) or any(t.dtype != torch.float32 for t in state):
+        raise ValueError(
+            f"adamw_: the state must be contiguous and fp32; strides are "
+            f"{[t.stride() for t in (param, grad, *state)]}, dtypes {[t.dtype for t in state]}"
+        )
+    count = master.numel()
+    if count:
+        block = 1024
+        adamw_kernel[(min(ceil_div(count, block), 16 * multiprocessors(master.device)),)](
+            param, master, exp_avg, exp_avg_sq, grad, lr, step, lr if grad_scale is None else grad_scale,
+            lr if found_inf is None else found_inf, count,
+            beta1, 1.0 - beta1, math.log(beta1) if beta1 else -math.inf,
+            beta2, 1.0 - beta2, math.log(beta2) if beta2 else -math.inf, eps, weight_decay,
+            SCALED=grad_scale is not None, GUARDED=found_inf is not None,
+            SEPARATE=param.dtype != master.dtype or param.data_ptr() != master.data_ptr(), BLOCK=block, num_warps=4,
+        )  # fmt: skip

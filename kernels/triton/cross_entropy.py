@@ -1,0 +1,317 @@
+# mypy: allow-untyped-defs
+"""Cross-entropy of rows of logits, in place or not, whole or with the vocabulary cut over ranks.
+
+    lse = max + log(sum exp(x - max));  loss = lse - (1 - s) x_label - s mean(x) + z lse^2
+    dloss/dx_j = softmax_j (1 + 2 z lse) - (1 - s) [j == label] - s / vocab               (terms: kernels/cross_entropy.py)
+
+Bytes    losses alone: one read. In place: one read for the statistics, then a read and a write of a row that one program
+         has just seen, so it is in L2 as long as the rows under way fit: 132 programs x 256 KiB (131,072 bf16) are 33 of
+         60 MB, hence one program per multiprocessor for such rows. The second walk goes backwards: what was read last is
+         surest to be there. HBM sees one read and one write.
+Floor    2 * bytes of the logits / copy rate: 8192 x 131072 bf16 on an H200, 1.0 ms. Not yet run on a GPU.
+
+Max and sum are kept per vector of one 16-byte load, inside a thread: no exchange between threads until the end of the
+row, and 9 exponentials per 8 elements. The next block is loaded before the present one is worked on. Row offsets are
+64-bit. A label outside [0, vocab) that is not ignore_index gives a NaN loss and a NaN gradient row, and reads nothing.
+
+Vocabulary cut over ranks: `statistics` of the local columns gives 3 (4 with smoothing) numbers a row; one all-gather of
+them; `merge` gives losses and lse, the same on all ranks; `gradient` turns the local logits into their gradient.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import ceil_div
+
+LOG2E = tl.constexpr(1.4426950408889634)
+NEG_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def _row_statistics(row, columns, vocab, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """(max, sum of exp(x - max), sum of x) over the columns below vocab. Needs vocab >= 1."""
+    lane = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    top = tl.full([BLOCK // VECTOR], NEG_INF, tl.float32)
+    total = tl.zeros([BLOCK // VECTOR], tl.float32)
+    plain = tl.zeros([BLOCK // VECTOR], tl.float32)
+    ahead = tl.load(row + lane, mask=lane < columns, other=0.0)
+    for start in range(0, columns, BLOCK):
+        column = start + lane
+        x = tl.where(column < vocab, ahead.to(tl.float32), NEG_INF)
+        ahead = tl.load(row + column + BLOCK, mask=column + BLOCK < columns, other=0.0)
+        higher = tl.maximum(top, tl.max(x, 1))
+        base = tl.where(higher == NEG_INF, 0.0, higher)
+        total = total * tl.exp2((top - base) * LOG2E) + tl.sum(tl.exp2((x - base[:, None]) * LOG2E), 1)
+        top = higher
+        if SMOOTHING:
+            plain += tl.sum(tl.where(column < vocab, x, 0.0), 1)
+    highest = tl.max(top, 0)
+    base = tl.where(highest == NEG_INF, 0.0, highest)
+    total = tl.sum(total * tl.exp2((top - base) * LOG2E), 0)
+    return highest, total, tl.sum(plain, 0)
+
+
+@triton.jit
+def _row_gradient(
+    row, out, columns, vocab, target, lse, scale, z_loss, smoothing, whole_vocab,
+    SMOOTHING: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Writes scale * dloss/dlogits, 0 from vocab on, walking backwards. `out` may be `row`."""
+    lane = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    factor = scale * (1.0 + 2.0 * z_loss * lse)
+    hit = scale * (1.0 - smoothing)
+    last = (columns - 1) // BLOCK * BLOCK
+    ahead = tl.load(row + last + lane, mask=last + lane < columns, other=0.0)
+    for behind in range(0, columns, BLOCK):
+        column = last - behind + lane
+        x = ahead.to(tl.float32)
+        ahead = tl.load(row + column - BLOCK, mask=column >= BLOCK, other=0.0)
+        grad = tl.exp2((x - lse) * LOG2E) * factor
+        if SMOOTHING:
+            grad -= scale * smoothing / whole_vocab
+        grad = tl.where(column == target, grad - hit, grad)
+        grad = tl.where(column < vocab, grad, 0.0)
+        tl.store(out + column, grad.to(out.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit
+def _row_zero(out, columns, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    for start in range(0, columns, BLOCK):
+        tl.store(out + start + lane, tl.zeros([BLOCK], out.dtype.element_ty), mask=start + lane < columns)
+
+
+@triton.jit
+def _loss(highest, log_total, target_logit, plain, vocab, smoothing, z_loss, SMOOTHING: tl.constexpr):
+    """From max and log(sum exp(x - max)) apart: their sum has lost the digits of the second where logits are large."""
+    lse = highest + log_total
+    loss = log_total + (highest - target_logit) + z_loss * lse * lse
+    if SMOOTHING:
+        loss += smoothing * (target_logit - plain / vocab)
+    return loss
+
+
+@triton.jit
+def losses_kernel(
+    logits, labels, dlosses, losses, lses, columns, vocab, stride, ignore_index, smoothing, z_loss,
+    IN_PLACE: tl.constexpr, SCALED: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64)
+    row = logits + index * stride
+    label = tl.load(labels + index)
+    if label == ignore_index:
+        tl.store(losses + index, 0.0)
+        if IN_PLACE:
+            _row_zero(row, columns, BLOCK)
+        else:
+            tl.store(lses + index, 0.0)
+    else:
+        good = (label >= 0) & (label < vocab)
+        target_logit = tl.load(row + label, mask=good, other=float("nan")).to(tl.float32)
+        scale = 1.0
+        if SCALED:
+            scale = tl.load(dlosses + index).to(tl.float32)
+        highest, total, plain = _row_statistics(row, columns, vocab, SMOOTHING, BLOCK, VECTOR)
+        log_total = tl.log(total)
+        lse = highest + log_total
+        tl.store(losses + index, _loss(highest, log_total, target_logit, plain, vocab, smoothing, z_loss, SMOOTHING))
+        if IN_PLACE:
+            scale = tl.where(good, scale, float("nan"))
+            tl.debug_barrier()  # the whole program has read the row, and the target's logit, before any of it is written
+            _row_gradient(
+                row, row, columns, vocab, label, lse, scale, z_loss, smoothing, vocab, SMOOTHING, BLOCK, VECTOR
+            )
+        else:
+            tl.store(lses + index, lse)
+
+
+@triton.jit
+def statistics_kernel(
+    logits, labels, statistics, rows, columns, vocab, stride, first,
+    SMOOTHING: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64)
+    row = logits + index * stride
+    label = tl.load(labels + index) - first
+    target_logit = tl.load(row + label, mask=(label >= 0) & (label < vocab), other=0.0).to(tl.float32)
+    highest, total, plain = _row_statistics(row, columns, vocab, SMOOTHING, BLOCK, VECTOR)
+    tl.store(statistics + index, highest)
+    tl.store(statistics + rows + index, total)
+    tl.store(statistics + 2 * rows + index, target_logit)
+    if SMOOTHING:
+        tl.store(statistics + 3 * rows + index, plain)
+
+
+@triton.jit
+def merge_kernel(
+    statistics, labels, losses, lses, ranks, rows, vocab, ignore_index, smoothing, z_loss,
+    SMOOTHING: tl.constexpr, NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < rows
+    label = tl.load(labels + index, mask=inside, other=0)
+    highest = tl.full([BLOCK], NEG_INF, tl.float32)
+    for rank in range(0, ranks):
+        part = statistics + rank * NUMBERS * rows + index
+        highest = tl.maximum(highest, tl.load(part, mask=inside, other=0.0))
+    total = tl.zeros([BLOCK], tl.float32)
+    target_logit = tl.zeros([BLOCK], tl.float32)
+    plain = tl.zeros([BLOCK], tl.float32)
+    for rank in range(0, ranks):
+        part = statistics + rank * NUMBERS * rows + index
+        shift = tl.load(part, mask=inside, other=0.0) - highest
+        total += tl.load(part + rows, mask=inside, other=1.0) * tl.exp2(shift * LOG2E)
+        target_logit += tl.load(part + 2 * rows, mask=inside, other=0.0)
+        if SMOOTHING:
+            plain += tl.load(part + 3 * rows, mask=inside, other=0.0)
+    log_total = tl.log(total)
+    lse = highest + log_total
+    loss = _loss(highest, log_total, target_logit, plain, vocab, smoothing, z_loss, SMOOTHING)
+    bad = (label < 0) | (label >= vocab)
+    loss = tl.where(bad, float("nan"), loss)
+    tl.store(losses + index, tl.where(label == ignore_index, 0.0, loss), mask=inside)
+    tl.store(lses + index, lse, mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    dlosses, logits, labels, lses, out, columns, vocab, whole_vocab, stride, stride_out, stride_dlosses, first,
+    ignore_index, smoothing, z_loss,
+    SMOOTHING: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + index)
+    target = out + index * stride_out
+    if label == ignore_index:
+        _row_zero(target, columns, BLOCK)
+    else:
+        good = (label >= 0) & (label < whole_vocab)
+        scale = tl.where(good, tl.load(dlosses + index * stride_dlosses).to(tl.float32), float("nan"))
+        _row_gradient(
+            logits + index * stride, target, columns, vocab, label - first, tl.load(lses + index), scale, z_loss,
+            smoothing, whole_vocab, SMOOTHING, BLOCK, VECTOR,
+        )  # fmt: skip
+
+
+def policy(columns: int, element_size: int) -> tuple[int, int, int]:
+    """(block, elements of one 16-byte load, warps): 16 elements a thread, more threads for longer rows.
+
+    32 warps hold a multiprocessor alone: beyond 64 Ki columns two rows each would not leave room in L2 (see the header).
+    """
+    warps = 32 if columns > 65536 else 16 if columns > 16384 else 8 if columns > 4096 else 4
+    return warps * 512, 16 // element_size, warps
+
+
+def _options(logits: Tensor, smoothing: float) -> dict[str, int | bool]:
+    block, vector, warps = policy(logits.shape[1], logits.element_size())
+    return {"SMOOTHING": smoothing != 0.0, "BLOCK": block, "VECTOR": vector, "num_warps": warps}
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+def forward(
+    logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, vocab: int
+) -> tuple[Tensor, Tensor]:
+    """(losses, lse) [T] fp32, both 0 where ignored; the logits are read once."""
+    logits = _rows(logits)
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    lses = torch.empty_like(losses)
+    if losses.numel():
+        losses_kernel[(losses.numel(),)](
+            logits, labels.contiguous(), losses, losses, lses, logits.shape[1], vocab, logits.stride(0), ignore_index,
+            label_smoothing, z_loss, IN_PLACE=False, SCALED=False, **_options(logits, label_smoothing),
+        )  # fmt: skip
+    return losses, lses
+
+
+def forward_in_place(
+    logits: Tensor,
+    labels: Tensor,
+    dlosses: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    vocab: int,
+) -> Tensor:
+    """Losses [T] fp32; the logits become dloss/dlogits, times `dlosses` row by row if given, 0 from vocab on.
+
+    Rows may be further apart than they are long. ValueError unless the elements of a row are next to each other.
+    """
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        raise ValueError(f"cross_entropy_: a row's elements must be adjacent; the strides are {logits.stride()}")
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    if losses.numel():
+        losses_kernel[(losses.numel(),)](
+            logits, labels.contiguous(), losses if dlosses is None else dlosses.contiguous(), losses, losses,
+            logits.shape[1], vocab, logits.stride(0), ignore_index, label_smoothing, z_loss,
+            IN_PLACE=True, SCALED=dlosses is not None, **_options(logits, label_smoothing),
+        )  # fmt: skip
+    return losses
+
+
+def gradient(
+    dlosses: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    vocab: int,
+    *,
+    in_place: bool = False,
+    first: int = 0,
+    whole_vocab: int | None = None,
+) -> Tensor:
+    """dlosses * dloss/dlogits given each row's lse: new, or `in_place` of the logits. `dlosses` is [T] or 0-dim.
+
+    With the vocabulary cut over ranks, column 0 is token `first`, `vocab` counts the local columns that exist and
+    `whole_vocab` those of all ranks.
+    """
+    logits = logits if in_place else _rows(logits)
+    out = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if logits.numel():
+        dlosses = dlosses if dlosses.dim() == 0 else dlosses.contiguous()
+        gradient_kernel[(logits.shape[0],)](
+            dlosses, logits, labels.contiguous(), lse, out, logits.shape[1], vocab,
+            vocab if whole_vocab is None else whole_vocab, logits.stride(0), out.stride(0), min(dlosses.dim(), 1), first,
+            ignore_index, label_smoothing, z_loss, **_options(logits, label_smoothing),
+        )  # fmt: skip
+    return out
+
+
+def statistics(logits: Tensor, labels: Tensor, first: int, vocab: int, label_smoothing: float = 0.0) -> Tensor:
+    """Of this rank's columns, token ids `first` .. `first + vocab`: [3, T] fp32 rows of max, sum of exp(x - max), and the
+    label's logit if it is here, else 0; [4, T] with the sum of x when there is label smoothing. One read."""
+    logits = _rows(logits)
+    out = torch.empty(4 if label_smoothing else 3, logits.shape[0], dtype=torch.float32, device=logits.device)
+    if out.numel():
+        statistics_kernel[(logits.shape[0],)](
+            logits, labels.contiguous(), out, logits.shape[0], logits.shape[1], vocab, logits.stride(0), first,
+            **_options(logits, label_smoothing),
+        )  # fmt: skip
+    return out
+
+
+def merge(
+    gathered: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    whole_vocab: int,
+) -> tuple[Tensor, Tensor]:
+    """`statistics` of all ranks, [ranks, 3 or 4, T] -> (losses, lse) [T]. Ranks are added in order."""
+    ranks, numbers, rows = gathered.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=gathered.device)
+    lses = torch.empty_like(losses)
+    if rows:
+        merge_kernel[(ceil_div(rows, 256),)](
+            gathered.contiguous(), labels.contiguous(), losses, lses, ranks, rows, whole_vocab, ignore_index,
+            label_smoothing, z_loss, SMOOTHING=label_smoothing != 0.0, NUMBERS=numbers, BLOCK=256, num_warps=4,
+        )  # fmt: skip
+    return losses, lses

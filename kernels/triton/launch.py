@@ -1,0 +1,37 @@
+"""What every launch needs to know: the machine's width, and tensors seen as rows."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+# Of the machine assumed where there is none to ask (the interpreter, ahead-of-time compilation): an H100 or H200.
+ASSUMED_MULTIPROCESSORS = 132
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of the device; persistent kernels launch a small multiple of it."""
+    if device.type != "cuda":
+        return ASSUMED_MULTIPROCESSORS
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., H] as [rows, H] with unit stride along H: a view wherever the strides allow one, else a copy."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two >= n, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
