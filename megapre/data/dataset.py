@@ -1,8 +1,7 @@
 """Sample i as tokens: one dataset, and blends of several. All of it is a pure function of files, seed and lengths.
 
-A sample of s tokens may span several documents. `cuts` are the places in it where a new document starts: where the
-index says so, and after each end-of-document token where that is known (the same places in files whose documents end in
-it).
+A sample of s tokens may span several documents. A new one starts where the index says so, and after each
+end-of-document token where that is known; in files whose documents end in it these are the same places.
 """
 
 from collections.abc import Sequence
@@ -23,9 +22,9 @@ IGNORE = -100  # a label without loss
 class Sample(NamedTuple):
     """One sample; s = seq_length.
 
-    tokens, labels: int64 [s], labels[i] is the token after tokens[i]; mask: bool [s], False where there is no loss
-    (behind the end of the data, and at end-of-document tokens if asked); cu_seqlens: int32 [documents + 1], 0 first, s
-    last.
+    tokens, labels: int64 [s], views of one array: labels[i] is the token after tokens[i].
+    mask: bool [s], False where there is no loss: behind the end of the data, and at end-of-document tokens if asked.
+    cu_seqlens: int32 [documents + 1], 0 first, s last.
     """
 
     tokens: NDArray[np.int64]

@@ -22,6 +22,10 @@ ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 BLOCK = 1 << 20
 
 
+class Damaged(Exception):
+    """A compressed file that cannot be read to its end."""
+
+
 class Record(NamedTuple):
     """A document; or None and a problem; or None and no problem, where there is none. `at`: bytes of the part read."""
 
@@ -170,7 +174,11 @@ def _decoded(content: bytes, at: int) -> Record:
     try:
         return Record(content.decode("utf-8"), "", at)
     except UnicodeDecodeError as error:
-        return Record(None, f"byte {error.start} (0x{content[error.start]:02x}) is not UTF-8", at)
+        return Record(None, _not_utf8(content, error), at)
+
+
+def _not_utf8(content: bytes, error: UnicodeDecodeError) -> str:
+    return f"byte {error.start} (0x{content[error.start]:02x}) is not UTF-8"
 
 
 def _from_lines(part: Part, json_key: str) -> Iterator[Record]:
@@ -187,17 +195,21 @@ def _from_lines(part: Part, json_key: str) -> Iterator[Record]:
                 yield _from_json(line, json_key, at) if line.strip() else Record(None, "", at)
                 if plain and part.start + at >= part.stop:
                     break
-        except (EOFError, ValueError) as error:
+        except Damaged as error:
             yield Record(None, f"the compressed file is broken from here on: {error}", part.size)
 
 
 def _from_json(line: bytes, key: str, at: int) -> Record:
     try:
-        found: Any = json.loads(line)
-    except ValueError as error:
-        return Record(None, f"broken JSON: {error}", at)
+        found: Any = json.loads(line.decode("utf-8"))
+    except json.JSONDecodeError as error:  # the position without the line, which is always the first here
+        return Record(None, f"broken JSON: {error.msg} at character {error.pos}", at)
+    except UnicodeDecodeError as error:
+        return Record(None, f"broken JSON: {_not_utf8(line, error)}", at)
     except RecursionError:
         return Record(None, "broken JSON: nested too deeply", at)
+    except ValueError as error:  # a number of thousands of digits
+        return Record(None, f"broken JSON: {error}", at)
     if not isinstance(found, dict):
         return Record(None, f"a JSON {type(found).__name__}, not an object", at)
     if key not in found:
@@ -222,10 +234,21 @@ def _from_parquet(part: Part, key: str) -> Iterator[Record]:
     if key not in columns:
         raise DataError(f"{part.path} has no column '{key}'; there are {', '.join(map(repr, columns))}")
     rows, number = _rows(part.path, part.start, part.stop), 0
-    for batch in file.iter_batches(512, row_groups=list(range(part.start, part.stop)), columns=[key]):
-        for value in batch.column(0).to_pylist():
+    batches = file.iter_batches(512, row_groups=list(range(part.start, part.stop)), columns=[key])
+    while values := _next_values(part.path, batches):
+        for value in values:
             number += 1
             yield _text(value, f"the value of '{key}'", part.size * number // rows)
+
+
+def _next_values(path: str, batches: Iterator[Any]) -> list[object]:
+    from pyarrow import ArrowException
+
+    try:
+        batch = next(batches, None)
+        return [] if batch is None else batch.column(0).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
 
 
 def _parquet(path: str) -> Any:
@@ -254,11 +277,11 @@ def _rows(path: str, start: int, stop: int) -> int:
 
 
 def _decompressed(path: str, raw: BinaryIO) -> Iterator[bytes]:
-    """The lines of a compressed file. Raises EOFError where it is cut short, ValueError where it is damaged."""
+    """The lines of a compressed file. Raises Damaged where it is cut short or broken."""
     try:
         yield from gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else _split_lines(_zstd_blocks(raw))
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(error) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise Damaged(error) from error
 
 
 def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
@@ -273,13 +296,13 @@ def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
             try:
                 yield frame.decompress(block)
             except zstandard.ZstdError as error:
-                raise ValueError(error) from error
+                raise Damaged(error) from error
             within = not frame.eof
             block = frame.unused_data if frame.eof else b""
             if frame.eof:
                 frame = decompressor.decompressobj()
     if within:
-        raise EOFError("compressed file ended before the end of its last frame")
+        raise Damaged("it ends within a frame")
 
 
 def _split_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:

@@ -150,7 +150,8 @@ def build_sample_index(
     """
     native = host()
     if native is not None:
-        lengths = np.ascontiguousarray(lengths, np.int64 if lengths.dtype.itemsize > 4 else np.int32)
+        # Those of a mapped .idx start at byte 34, where no int32 is aligned.
+        lengths = np.require(lengths, np.int64 if lengths.dtype.itemsize > 4 else np.int32, ["C", "A"])
         sample = np.empty((count + 1, 2), dtype)
         native.build_sample_index(lengths, document, sample, seq_length, extra)
         return sample

@@ -83,12 +83,14 @@ def plan(files: Sequence[str], separator: str | None) -> list[Shard]:
         target *= 2
     shards: list[Shard] = []
     held: list[Part] = []
+    size = 0
     for file in files:
         for part in parts_of(file, target, separator):
             held.append(part)
-            if sum(part.size for part in held) >= target:
+            size += part.size
+            if size >= target:
                 shards.append(Shard(len(shards), tuple(held)))
-                held = []
+                held, size = [], 0
     return [*shards, Shard(len(shards), tuple(held))] if held else shards
 
 

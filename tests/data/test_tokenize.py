@@ -185,6 +185,7 @@ LINES = [
     (b'{"text": "\\ud800"}', "half a surrogate pair at character 0"),
     (b'{"text": "\xff"}', "broken JSON"),
     (b"[" * 100_000, "nested too deeply"),
+    (b'{"n": ' + b"9" * 5000 + b', "text": ""}', "broken JSON: .*4300 digits"),
 ]
 
 
@@ -217,8 +218,8 @@ class TestBadInput:
         assert "byte 3 (0xe9) is not UTF-8" in result.problems[-1]
         out = capsys.readouterr().out
         assert "4 documents" in out
-        assert "11 bad documents passed over:" in out
-        assert "and 6 more" in out
+        assert "12 bad documents passed over:" in out
+        assert "and 7 more" in out
 
     @pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst"])
     @pytest.mark.parametrize("damage", ["cut", "flipped", "none"])
@@ -243,6 +244,11 @@ class TestBadInput:
         write_parquet(tmp_path / "x.parquet", ["a"])
         with pytest.raises(DataError, match=r"x\.parquet has no column 'body'; there are 'n', 'text'"):
             run([tmp_path / "x.parquet"], tmp_path / "out", tokenizer.path, "body", workers=1, progress=False)
+        content = bytearray((tmp_path / "x.parquet").read_bytes())
+        content[4:60] = b"\xff" * 56
+        (tmp_path / "x.parquet").write_bytes(content)
+        with pytest.raises(DataError, match=r"x\.parquet is damaged"):
+            run([tmp_path / "x.parquet"], tmp_path / "out", tokenizer.path, "n", workers=1, progress=False)
         (tmp_path / "x.parquet").write_bytes(b"PAR1 nonsense")
         with pytest.raises(DataError, match=r"x\.parquet is no Parquet file"):
             run([tmp_path / "x.parquet"], tmp_path / "out", tokenizer.path, workers=1, progress=False)
