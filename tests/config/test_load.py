@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapre.config import Config, ConfigError, describe, help_text, load, recipe_names, reference, to_toml
@@ -264,3 +264,27 @@ def test_help_fits_a_terminal_and_the_reference_names_every_knob() -> None:
     assert sum(line.startswith("## ") for line in page.splitlines()) == 8
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert all(line.replace("\\|", "").count("|") == 6 for line in rows)
+
+
+NUMBERS = st.integers(-3, 300) | st.sampled_from([2**31 - 1, 2**31, 2**62, 10**30])
+VALUES = st.one_of(
+    NUMBERS.map(str),
+    st.floats().map(str),
+    st.sampled_from(
+        ["true", "none", "[]", "{}", "[1]", "['a']", "{prefix='a'}", "[{train=['a']}]", "1979-05-27", "''"]
+    ),
+    st.text(max_size=8),
+)
+
+
+@settings(max_examples=400)
+@given(st.dictionaries(st.sampled_from([knob.key.replace("[]", "") for knob in describe()]), VALUES, max_size=6))
+def test_whatever_is_given_ends_in_a_config_or_in_its_problems(changes: dict[str, str]) -> None:
+    for recipe in ("gpt2-124m", "llama3-1b"):
+        try:
+            cfg = load(recipe, [f"{key}={value}" for key, value in changes.items()])
+        except ConfigError as error:
+            assert error.problems
+            assert all(problem and "\n" not in problem for problem in error.problems)
+        else:
+            assert Config.model_validate(cfg.model_dump(by_alias=True)) == cfg
