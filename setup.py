@@ -69,6 +69,8 @@ class NativeBuild(build_ext):
     """Runs CMake once and copies both libraries beside the Python files, in the source tree or in the wheel."""
 
     def run(self) -> None:
+        if native_mode() == "0":
+            return
         try:
             built = self.compile()
         except (OSError, subprocess.CalledProcessError) as error:

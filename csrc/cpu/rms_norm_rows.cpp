@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "lanes.h"
 #include "rms_norm.h"
@@ -131,9 +130,9 @@ void backward_rows(const RmsNormBackward& op, int64_t begin, int64_t end, void* 
   const A* w = static_cast<const A*>(op.weight);
   A* total = static_cast<A*>(dweight);
   A* partial = static_cast<A*>(block);
-  std::memset(total, 0, width * sizeof(A));
+  std::fill_n(total, width, A(0));
   for (int64_t first = begin; first < end; first += kBlockRows) {
-    std::memset(partial, 0, width * sizeof(A));
+    std::fill_n(partial, width, A(0));
     for (int64_t row = first; row < std::min(first + kBlockRows, end); ++row) {
       const T* dy = static_cast<const T*>(op.dy) + row * op.dy_stride;
       const T* h = static_cast<const T*>(op.h) + row * op.h_stride;

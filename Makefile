@@ -1,0 +1,54 @@
+# make demo     everything from text to a trained, sampled model      make test     the tests
+# make lint     ruff, import contracts, types                         make docs     the documentation site
+# make corpus   build a larger demo corpus from Debian packages       make clean    remove what was built
+#
+# Each sets up $(VENV) first, if it is not there. torch is the user's choice:
+#   make demo TORCH=torch==2.12.0    another version
+#   make demo TORCH=torch            the newest
+#   make demo TORCH=                 whatever $(VENV) has already; the newest if it has none
+# A CPU or CUDA build is chosen as pip does it, for example by PIP_INDEX_URL=https://download.pytorch.org/whl/cpu.
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.megapre-ready
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+
+.PHONY: setup demo test lint docs corpus clean
+
+setup: $(READY)
+
+# torch first, then what builds, then megapre without isolation: its native code must see the torch it will run with.
+$(READY): pyproject.toml setup.py CMakeLists.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "megapre needs Python 3.11 or newer; $$($(BIN)/python -V) is in $(VENV). Try make PYTHON=python3.12"; exit 2; }
+	$(if $(strip $(TORCH)),$(BIN)/pip install -q '$(TORCH)',$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q torch)
+	$(BIN)/pip install -q 'setuptools>=77' wheel 'cmake>=3.26' ninja 'pybind11>=2.12' numpy
+	$(BIN)/pip install -q --no-build-isolation -e '.[all]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python examples/demo/run.py
+
+corpus: setup
+	$(BIN)/python examples/demo/corpus.py
+
+# The tests that take minutes are marked slow and run in .ci/run.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf build dist site *.egg-info megapre/_host.*.so kernels/_native $(READY)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find megapre kernels tests -name __pycache__ -prune -exec rm -rf {} +
