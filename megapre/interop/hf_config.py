@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from megapre.config import Model
+from megapre.config import Model, rules
 from megapre.interop.errors import InteropError
 
 Config = Mapping[str, Any]
@@ -31,10 +31,13 @@ class Refusals(list[str]):
 
 def _model(fields: dict[str, Any]) -> Model:
     try:
-        return Model.model_validate(fields)
+        model = Model.model_validate(fields)
+        problems = rules.problems({"model": model})
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
-        raise InteropError("config cannot be mapped:\n  " + "\n  ".join(problems)) from None
+    if problems:
+        raise InteropError("config cannot be mapped:\n  " + "\n  ".join(problems))
+    return model
 
 
 def _read_gpt2(c: Config) -> Model:
@@ -45,14 +48,13 @@ def _read_gpt2(c: Config) -> Model:
     no.unless(not c.get("scale_attn_by_inverse_layer_idx"), c, "scale_attn_by_inverse_layer_idx", "false")
     no.unless(not c.get("add_cross_attention"), c, "add_cross_attention", "false")
     no.settle("GPT2LMHeadModel")
-    hidden = c.get("n_embd", 768)
     return _model(
         {
             "family": "gpt2",
             "layers": c.get("n_layer", 12),
-            "hidden": hidden,
+            "hidden": c.get("n_embd", 768),
             "heads": c.get("n_head", 12),
-            "ffn": c.get("n_inner") or 4 * hidden,
+            "ffn": c.get("n_inner") or 0,
             "context": c.get("n_positions", 1024),
             "vocab": c.get("vocab_size", 50257),
             "norm_eps": c.get("layer_norm_epsilon", 1e-5),
@@ -106,21 +108,20 @@ def _read_llama(c: Config, qk_norm: bool = False) -> Model:
     sliding = c.get("use_sliding_window", False) or "sliding_attention" in (c.get("layer_types") or ())
     no.unless(not sliding, c, "use_sliding_window", "false, and layer_types all full_attention")
     no.settle("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
-    hidden, heads = c.get("hidden_size", 4096), c.get("num_attention_heads", 32)
     return _model(
         {
             "family": "llama",
             "layers": c.get("num_hidden_layers", 32),
-            "hidden": hidden,
-            "heads": heads,
-            "kv_heads": c.get("num_key_value_heads") or heads,
-            "head_dim": c.get("head_dim") or (128 if qk_norm else hidden // heads),
+            "hidden": c.get("hidden_size", 4096),
+            "heads": c.get("num_attention_heads", 32),
+            "kv_heads": c.get("num_key_value_heads") or 0,  # 0 here and None there: as many as heads
+            "head_dim": c.get("head_dim") or (128 if qk_norm else 0),
             "ffn": c.get("intermediate_size", 22016 if qk_norm else 11008),
             "context": c.get("max_position_embeddings", 32768 if qk_norm else 2048),
             "vocab": c.get("vocab_size", 151936 if qk_norm else 32000),
             "norm_eps": c.get("rms_norm_eps", 1e-6),
             "activation": GATES[act],
-            "rope_theta": float(scaling.pop("rope_theta")),
+            "rope_theta": scaling.pop("rope_theta"),
             "rope_scaling": scaling or None,
             "bias": attention_bias,
             "tied": c.get("tie_word_embeddings", False),
@@ -138,8 +139,6 @@ def _read_rope(c: Config, no: Refusals) -> dict[str, Any]:
     if kind not in ROPE_FIELDS:
         no.append(f"rope_type = {kind!r}; possible here: {', '.join(ROPE_FIELDS)}")
         return out
-    if kind == "llama3":
-        given.setdefault("original_max_position_embeddings", c.get("max_position_embeddings"))
     fields = ROPE_FIELDS[kind]
     missing = [theirs for theirs in fields.values() if given.get(theirs) is None]
     no.extend(f"rope_type = {kind!r} needs {name}" for name in missing)
