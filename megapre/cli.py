@@ -16,7 +16,11 @@ BROKEN, INTERRUPTED = 2, 130
 RECIPE = click.argument("recipe")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 INPUTS = click.argument("inputs", nargs=-1, required=True, type=click.Path())
-DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+AUTO = "auto: cuda where there is one."
+DEVICE = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help=AUTO
+)
+KIND = "bpe: byte-level, a tokenizer.json; sentencepiece: a .model."
 JSON_KEY = click.option("--json-key", default="text", show_default=True, help="Field or column with the text.")
 RUN = click.argument("run", type=click.Path())
 
@@ -115,7 +119,7 @@ def tokenizer_group() -> None:
 
 @tokenizer_group.command("train")
 @INPUTS
-@click.option("--kind", type=click.Choice(["bpe", "sentencepiece"]), default="bpe", show_default=True)
+@click.option("--kind", type=click.Choice(["bpe", "sentencepiece"]), default="bpe", show_default=True, help=KIND)
 @click.option("--vocab-size", required=True, type=click.IntRange(1), help="Tokens, special ones included.")
 @click.option("--output", required=True, type=click.Path(), help="tokenizer.json or .model to write.")
 @JSON_KEY
@@ -141,14 +145,20 @@ def evaluate(run: str, data: str, batches: int, device: str) -> None:
 @cli.command()
 @RUN
 @click.option("--prompt", default="", help="Text to go on from; none begins a document.")
-@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1), help="Length of a sample.")
 @click.option(
-    "--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 = always the likeliest."
+    "--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0: always the likeliest."
 )
-@click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0 = off.")
-@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="1 = off.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option("--num-samples", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="Among the k likeliest; 0: all.")
+@click.option(
+    "--top-p",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Among the likeliest of this sum; 1: all.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the first sample.")
+@click.option("--num-samples", default=1, show_default=True, type=click.IntRange(1), help="With seed, seed + 1, ...")
 @click.option("--explain", is_flag=True, help="At each step print the ten likeliest next tokens with probabilities.")
 @DEVICE
 def sample(
@@ -203,7 +213,7 @@ def bench_step(recipe: str, overrides: tuple[str, ...], steps: int, warmup: int,
 
 @cli.command()
 def doctor() -> int:
-    """What this machine has, what is used of it, and why not the rest."""
+    """What this machine has, and what is used of it."""
     from .observe import doctor
 
     return doctor.run()
