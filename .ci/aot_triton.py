@@ -1,13 +1,13 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and compares what it needs with the committed table.
 
-    python .ci/aot_triton.py            compare with tests/triton/aot_table.json; fails on a spill that is not accepted there
-    python .ci/aot_triton.py --update   write the table
+    python .ci/aot_triton.py            compare with tests/triton/aot_table.json; fails on a spill that is not
+    accepted there python .ci/aot_triton.py --update   write the table
     python .ci/aot_triton.py --cases attention --arch 90
 
-The launch functions themselves are called, on meta tensors of real sizes; what they would launch is recorded and compiled
-for each architecture, so that the table shows the block sizes and warps that run. Registers and stack come from the cubin.
-Registers may differ between Triton's releases: with another release than the table's, only spills and shared memory beyond
-the architecture's limit count.
+The launch functions themselves are called, on meta tensors of real sizes; what they would launch is recorded and
+compiled for each architecture, so that the table shows the block sizes and warps that run. Registers and stack come
+from the cubin. Registers may differ between Triton's releases: with another release than the table's, only spills and
+shared memory beyond the architecture's limit count.
 """
 
 import argparse
@@ -107,7 +107,12 @@ def attentions(head_dim: int, dtype: torch.dtype) -> None:
     q = empty(2, 4096, 32, head_dim, dtype=dtype)
     k = empty(2, 4096, 8, head_dim, dtype=dtype)
     cu_seqlens = empty(17, dtype=torch.int32)
-    for causal, documents, window in ((True, None, None), (True, cu_seqlens, None), (True, None, 1024), (False, None, None)):
+    for causal, documents, window in (
+        (True, None, None),
+        (True, cu_seqlens, None),
+        (True, None, 1024),
+        (False, None, None),
+    ):
         o, lse, bounds = attention.forward_with_documents(q, k, k, causal, documents, window, 0.1)
         attention_backward.backward(o, None, q, k, k, o, lse, bounds, causal, window, 0.1)
 

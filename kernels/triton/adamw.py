@@ -86,7 +86,8 @@ def step_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """One update in place. All flat and contiguous, of one length; master and moments fp32; scalars 0-dim, on the device.
+    """One update in place. All flat and contiguous, of one length; master and moments fp32; scalars 0-dim, on the
+    device.
 
     `param` may share the memory of `master`. ValueError when a tensor of the state is not contiguous or not fp32.
     """

@@ -9,13 +9,13 @@ key j be seen by one interval of queries, and the ends of these intervals never 
     first(first query) .. end(last query)     are keys that any of them sees: tiles outside are never touched.
 So the loop over key tiles is two: one without masks, one with them over the tiles on both sides of it.
 
-FLOPs    forward 4 D, backward 14 D per (query, visible key, head): the backward is split into one kernel for dK and dV and
-         one for dQ (7 products where a fused one has 5), which needs no atomics and is the same on every run.
+FLOPs    forward 4 D, backward 14 D per (query, visible key, head): the backward is split into one kernel for dK and
+         dV and one for dQ (7 products where a fused one has 5), which needs no atomics and is the same on every run.
 Floor    FLOPs / product rate. Not yet run on a GPU.
 
-Exponentials are taken in base 2. Heads are grouped: query head n reads key head n // (N / K) where it lies, so a group's
-keys are shared through L2. Heavy tiles start first. Documents come as the first and the end key of each token, worked out
-once on the device from cu_seqlens by bisection.
+Exponentials are taken in base 2. Heads are grouped: query head n reads key head n // (N / K) where it lies, so a
+group's keys are shared through L2. Heavy tiles start first. Documents come as the first and the end key of each
+token, worked out once on the device from cu_seqlens by bisection.
 """
 
 import torch
@@ -32,7 +32,7 @@ NEG_INF = tl.constexpr(float("-inf"))
 
 @triton.jit(do_not_specialize=["documents", "steps"])
 def bounds_kernel(cu_seqlens, firsts, ends, tokens, seq_length, documents, steps, BLOCK: tl.constexpr):
-    """Of each token: where its document begins and ends within its row of the batch. `steps` halvings of `documents`."""
+    """Of each token: where its document begins and ends within its row; `steps` halvings of `documents`."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < tokens
     low = tl.zeros([BLOCK], tl.int32)  # cu_seqlens[low] <= token < cu_seqlens[high]
@@ -95,8 +95,8 @@ def queries_of(
 
 @triton.jit
 def tile_phases(first_of_first, end_of_first, first_of_last, end_of_last, BLOCK: tl.constexpr):
-    """(a, b, c, before, after): tiles of the other side begin at multiples of BLOCK. [b, c) need no mask; `before` tiles
-    from a on and `after` tiles from c on need one."""
+    """(a, b, c, before, after): tiles of the other side begin at multiples of BLOCK. [b, c) need no mask; `before`
+    tiles from a on and `after` tiles from c on need one."""
     a = first_of_first // BLOCK * BLOCK
     last = tl.cdiv(tl.maximum(end_of_last, a), BLOCK) * BLOCK
     b = tl.minimum(tl.cdiv(first_of_last, BLOCK) * BLOCK, last)
@@ -121,7 +121,7 @@ def load_tile(base, row, rows, stride, head_dim, MASKED: tl.constexpr, EVEN_D: t
 
 @triton.jit
 def tile_start(index, a, c, before, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Where tile `index` of the masked ones (first those from a, then those from c) or of the others (from a) begins."""
+    """Where tile `index` begins: of the masked ones (those from a, then those from c), or of the others (from a)."""
     start = a + index * BLOCK
     if MASKED:
         start = tl.where(index < before, start, c + (index - before) * BLOCK)
@@ -223,7 +223,15 @@ def document_bounds(cu_seqlens: Tensor, batch: int, seq_length: int) -> Tensor:
     documents = cu_seqlens.numel() - 1
     if tokens:
         bounds_kernel[(ceil_div(tokens, 256),)](
-            cu_seqlens, bounds[0], bounds[1], tokens, seq_length, documents, documents.bit_length(), BLOCK=256, num_warps=4
+            cu_seqlens,
+            bounds[0],
+            bounds[1],
+            tokens,
+            seq_length,
+            documents,
+            documents.bit_length(),
+            BLOCK=256,
+            num_warps=4,
         )
     return bounds
 
@@ -233,7 +241,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(o [B, Sq, N, D] contiguous in the dtype of q, lse [B, N, Sq] fp32). ValueError unless scale > 0 and D <= 256."""
     if scale <= 0.0 or q.shape[3] > 256:
-        raise ValueError(f"attention: head dim {q.shape[3]} and scale {scale}; this kernel needs D <= 256 and scale > 0")
+        raise ValueError(
+            f"attention: head dim {q.shape[3]} and scale {scale}; this kernel needs D <= 256 and scale > 0"
+        )
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     batch, queries, heads, head_dim = q.shape
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -2,10 +2,11 @@
 """Attention backward: dK and dV by tiles of keys, dQ by tiles of queries; no atomics, the same bits on every run.
 
     delta_i = do_i . o_i - dlse_i;   p_ij = exp(s_ij - lse_i);   ds_ij = p_ij (do_i . v_j - delta_i)
-    dv_j = sum_i p_ij do_i;   dk_j = scale sum_i ds_ij q_i;   dq_i = scale sum_j ds_ij k_j        (Dao 2023, algorithm 2)
+    dv_j = sum_i p_ij do_i;   dk_j = scale sum_i ds_ij q_i;   dq_i = scale sum_j ds_ij k_j        (Dao 2023, algorithm
+    2)
 
-Tiles, masks and heads: attention.py. A program of the first kernel owns a tile of keys of one key head and walks the queries
-of all heads of its group, so the group's sum stays in registers. Not yet run on a GPU.
+Tiles, masks and heads: attention.py. A program of the first kernel owns a tile of keys of one key head and walks the
+queries of all heads of its group, so the group's sum stays in registers. Not yet run on a GPU.
 """
 
 import torch
@@ -106,13 +107,13 @@ def key_kernel(
     lse_base = lse + (batch * q_heads + k_head * group) * queries
     delta_base = delta + (batch * q_heads + k_head * group) * queries
     dk_tile, dv_tile = _key_tiles(
-        dk_tile, dv_tile, k_tile, v_tile, q_base, do_base, lse_base, delta_base, first, end, b, b, 0, (c - b) // BLOCK_M,
-        group, queries, q_stride_s, do_stride_s, q_stride_h, do_stride_h, head_dim, scale_log2,
+        dk_tile, dv_tile, k_tile, v_tile, q_base, do_base, lse_base, delta_base, first, end, b, b, 0,
+        (c - b) // BLOCK_M, group, queries, q_stride_s, do_stride_s, q_stride_h, do_stride_h, head_dim, scale_log2,
         False, EVEN_D, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     dk_tile, dv_tile = _key_tiles(
-        dk_tile, dv_tile, k_tile, v_tile, q_base, do_base, lse_base, delta_base, first, end, a, c, before, before + after,
-        group, queries, q_stride_s, do_stride_s, q_stride_h, do_stride_h, head_dim, scale_log2,
+        dk_tile, dv_tile, k_tile, v_tile, q_base, do_base, lse_base, delta_base, first, end, a, c, before,
+        before + after, group, queries, q_stride_s, do_stride_s, q_stride_h, do_stride_h, head_dim, scale_log2,
         True, EVEN_D, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     dim = tl.arange(0, BLOCK_D)

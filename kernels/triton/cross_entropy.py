@@ -2,12 +2,13 @@
 """Cross-entropy of rows of logits, in place or not, whole or with the vocabulary cut over ranks.
 
     lse = max + log(sum exp(x - max));  loss = lse - (1 - s) x_label - s mean(x) + z lse^2
-    dloss/dx_j = softmax_j (1 + 2 z lse) - (1 - s) [j == label] - s / vocab               (terms: kernels/cross_entropy.py)
+    dloss/dx_j = softmax_j (1 + 2 z lse) - (1 - s) [j == label] - s / vocab               (terms:
+    kernels/cross_entropy.py)
 
-Bytes    losses alone: one read. In place: one read for the statistics, then a read and a write of a row that one program
-         has just seen, so it is in L2 as long as the rows under way fit: 132 programs x 256 KiB (131,072 bf16) are 33 of
-         60 MB, hence one program per multiprocessor for such rows. The second walk goes backwards: what was read last is
-         surest to be there. HBM sees one read and one write.
+Bytes    losses alone: one read. In place: one read for the statistics, then a read and a write of a row that one
+         program has just seen, so it is in L2 as long as the rows under way fit: 132 programs x 256 KiB (131,072
+         bf16) are 33 of 60 MB, hence one program per multiprocessor for such rows. The second walk goes backwards:
+         what was read last is surest to be there. HBM sees one read and one write.
 Floor    2 * bytes of the logits / copy rate: 8192 x 131072 bf16 on an H200, 1.0 ms. Not yet run on a GPU.
 
 Max and sum are kept per vector of one 16-byte load, inside a thread: no exchange between threads until the end of the
@@ -119,7 +120,7 @@ def losses_kernel(
         tl.store(losses + index, _loss(highest, log_total, target_logit, plain, vocab, smoothing, z_loss, SMOOTHING))
         if IN_PLACE:
             scale = tl.where(good, scale, float("nan"))
-            tl.debug_barrier()  # the whole program has read the row, and the target's logit, before any of it is written
+            tl.debug_barrier()  # all have read the row, and the target's logit, before any of it is written
             _row_gradient(
                 row, row, columns, vocab, label, lse, scale, z_loss, smoothing, vocab, SMOOTHING, BLOCK, VECTOR
             )
@@ -198,7 +199,8 @@ def gradient_kernel(
 def policy(columns: int, element_size: int) -> tuple[int, int, int]:
     """(block, elements of one 16-byte load, warps): 16 elements a thread, more threads for longer rows.
 
-    32 warps hold a multiprocessor alone: beyond 64 Ki columns two rows each would not leave room in L2 (see the header).
+    32 warps hold a multiprocessor alone: beyond 64 Ki columns two rows each would not leave room in L2 (see the
+    header).
     """
     warps = 32 if columns > 65536 else 16 if columns > 16384 else 8 if columns > 4096 else 4
     return warps * 512, 16 // element_size, warps
@@ -278,15 +280,15 @@ def gradient(
         dlosses = dlosses if dlosses.dim() == 0 else dlosses.contiguous()
         gradient_kernel[(logits.shape[0],)](
             dlosses, logits, labels.contiguous(), lse, out, logits.shape[1], vocab,
-            vocab if whole_vocab is None else whole_vocab, logits.stride(0), out.stride(0), min(dlosses.dim(), 1), first,
-            ignore_index, label_smoothing, z_loss, **_options(logits, label_smoothing),
+            vocab if whole_vocab is None else whole_vocab, logits.stride(0), out.stride(0), min(dlosses.dim(), 1),
+            first, ignore_index, label_smoothing, z_loss, **_options(logits, label_smoothing),
         )  # fmt: skip
     return out
 
 
 def statistics(logits: Tensor, labels: Tensor, first: int, vocab: int, label_smoothing: float = 0.0) -> Tensor:
-    """Of this rank's columns, token ids `first` .. `first + vocab`: [3, T] fp32 rows of max, sum of exp(x - max), and the
-    label's logit if it is here, else 0; [4, T] with the sum of x when there is label smoothing. One read."""
+    """Of this rank's columns, token ids `first` .. `first + vocab`: [3, T] fp32 rows of max, sum of exp(x - max), and
+    the label's logit if it is here, else 0; [4, T] with the sum of x when there is label smoothing. One read."""
     logits = _rows(logits)
     out = torch.empty(4 if label_smoothing else 3, logits.shape[0], dtype=torch.float32, device=logits.device)
     if out.numel():

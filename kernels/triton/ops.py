@@ -254,20 +254,18 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     vocab: int | None = None,
 ) -> Tensor:
-    """As `kernels.linear_cross_entropy.reference`; logits are rounded to the dtype of x, in which the weight is taken."""
+    """As `kernels.linear_cross_entropy.reference`; weight is taken and logits are rounded in the dtype of x."""
     vocab = check_linear_cross_entropy(x_TH, weight_VH, labels_T, vocab)
     _check_dtype("linear_cross_entropy", x_TH)
     weight = weight_VH.to(x_TH.dtype)
     settings = (ignore_index, label_smoothing, z_loss, vocab)
     grad = torch.is_grad_enabled()
     need_dx, need_dweight = grad and x_TH.requires_grad, grad and weight.requires_grad
-    # fp16 gradients of one row would underflow when the upstream gradient (one over the tokens) comes in before rounding
+    # In fp16 gradients would underflow when the upstream one (one over the tokens) comes in before they are rounded.
     if (need_dx or need_dweight) and x_TH.dtype != torch.float16 and one_chunk(x_TH, weight):
         loss, _, _ = torch.ops.megapre_triton.linear_cross_entropy_kept(x_TH, weight, labels_T, *settings)
         return loss  # type: ignore[no-any-return]
-    loss, _, _ = torch.ops.megapre_triton.linear_cross_entropy(
-        x_TH, weight, labels_T, *settings, need_dx, need_dweight
-    )
+    loss, _, _ = torch.ops.megapre_triton.linear_cross_entropy(x_TH, weight, labels_T, *settings, need_dx, need_dweight)
     return loss  # type: ignore[no-any-return]
 
 
@@ -363,7 +361,7 @@ def attention_by_mask(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` for documents, windows and lse, which SDPA serves with whole masks or not at all; SDPA for the rest."""
+    """`attention` for documents, windows and lse, which SDPA serves with whole masks or not at all; else SDPA."""
     sparse = cu_seqlens is not None or window is not None or return_lse
     form = attention if sparse and q_BSND.shape[-1] <= 256 else sdpa
     return form(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale, return_lse)
@@ -443,8 +441,8 @@ _OPS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
         _fake_norm,
     ),
     (
-        "norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor mean, Tensor rstd, bool centred, bool bias) "
-        "-> (Tensor dx, Tensor dweight, Tensor dbias)",
+        "norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor mean, Tensor rstd, bool centred, "
+        "bool bias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
         "norm",
         "backward",
         lambda dy, dh, h, weight, mean, rstd, centred, bias: (
@@ -530,8 +528,8 @@ _OPS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
         _fake_attention,
     ),
     (
-        "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor bounds, "
-        "bool causal, SymInt? window, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+        "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+        "Tensor bounds, bool causal, SymInt? window, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
         "attention_backward",
         "backward",
         lambda do, dlse, q, k, v, *_: (_like(q), _like(k), _like(v)),

@@ -6,8 +6,8 @@
 Bytes    2 passes over B*S*(N+K)*D elements; a token's cos and sin are read once by one program for all its heads.
 Floor    bytes / copy rate: 8192 tokens, 32+8 heads of 128, bf16 on an H200: 39 us. Not yet run on a GPU.
 
-One program a token (several when heads are few), one tile of queries and one of keys. q and k may be strided views of one
-projection, as long as the dims of a head are adjacent. A position beyond the tables gives NaN and reads nothing.
+One program a token (several when heads are few), one tile of queries and one of keys. q and k may be strided views of
+one projection, as long as the dims of a head are adjacent. A position beyond the tables gives NaN and reads nothing.
 """
 
 import torch
@@ -24,7 +24,7 @@ def _rotate(
     IN_PLACE: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rotates the tile [BLOCK_T, BLOCK_H, 2 * BLOCK_D] whose tokens begin at `source`; cos, sin [BLOCK_T, 1, BLOCK_D]."""
+    """Rotates the tile [BLOCK_T, BLOCK_H, 2 * BLOCK_D] of tokens at `source`; cos, sin [BLOCK_T, 1, BLOCK_D]."""
     head = tl.arange(0, BLOCK_H)
     inside = there[:, None, None] & (head < heads)[None, :, None]
     read = source[:, None, None] + head[None, :, None] * stride_h
@@ -115,7 +115,8 @@ def rotate(
     if q.numel() or k.numel():
         tile, block_q, block_k, block_d, warps = policy(q_heads, k_heads, head_dim // 2)
         rope_kernel[(ceil_div(batch * seq_length, tile),)](
-            q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), cos if positions is None else positions.contiguous(),
+            q, k, q_out, k_out, cos.contiguous(), sin.contiguous(),
+            cos if positions is None else positions.contiguous(),
             batch * seq_length, seq_length, cos.shape[0], head_dim // 2, q_heads, k_heads,
             *q.stride()[:3], *k.stride()[:3],
             POSITIONS=positions is not None, BACKWARD=backward, IN_PLACE=in_place, INTERLEAVED=interleaved,

@@ -1,7 +1,7 @@
 """The Triton kernels against their references: on a GPU as they are, elsewhere in Triton's interpreter.
 
-Triton decides when it is imported whether it interprets, so without a GPU the tests run in a process of their own, started
-with TRITON_INTERPRET=1 by test_interpreter.py; in any other process on such a machine they are not collected.
+Triton decides when it is imported whether it interprets, so without a GPU the tests run in a process of their own,
+started with TRITON_INTERPRET=1 by test_interpreter.py; in any other process on such a machine they are not collected.
 """
 
 import os

@@ -65,7 +65,9 @@ def test_windows(device: str, causal: bool, window: int) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("ends", [[194], [1, 2, 3, 100, 194], [97, 194], [16, 16, 32, 150, 150, 193, 194], [90, 110, 194]])
+@pytest.mark.parametrize(
+    "ends", [[194], [1, 2, 3, 100, 194], [97, 194], [16, 16, 32, 150, 150, 193, 194], [90, 110, 194]]
+)
 @pytest.mark.parametrize("window", [None, 20])
 def test_documents(device: str, causal: bool, ends: list[int], window: int | None) -> None:
     """Two rows of 97: documents of one token, of none, across the end of a row, on the edge of a tile."""

@@ -1,4 +1,4 @@
-"""Cross-entropy: in place and not, padded columns, ignored rows, strided rows, bad labels, cut over ranks, fused linear."""
+"""Cross-entropy: in place and not, padded columns, ignored and strided rows, bad labels, cut over ranks, fused."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_no_rows(device: str) -> None:
 
 @pytest.mark.parametrize("ignore, smoothing, z_loss", SETTINGS)
 def test_the_vocabulary_cut_over_ranks(device: str, ignore: int, smoothing: float, z_loss: float) -> None:
-    """Three ranks with 100 columns each, the last half and wholly padding: losses and gradients are those of the whole."""
+    """Three ranks of 100 columns, half of one and all of another padding: losses and gradients of the whole."""
     vocab = 150
     logits, labels = inputs(7, 300, vocab, torch.bfloat16, device)
     labels = labels.where(labels != -100, ignore)

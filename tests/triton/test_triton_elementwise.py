@@ -52,7 +52,7 @@ def test_rope_edges(device: str) -> None:
     assert torch.equal(got[:, 0], q[:, 0])
     assert bool(got[:, 1].isnan().all())
     assert ops.rope(q[:0], q[:0], cos, sin)[0].shape == (0, 2, 3, 4)
-    outputs, grads = run(lambda q, k: ops.rope(q, k, cos, sin)[1], [q, q.clone()])
+    _, grads = run(lambda q, k: ops.rope(q, k, cos, sin)[1], [q, q.clone()])
     assert bool((grads[0] == 0).all())
 
 
@@ -72,9 +72,7 @@ def test_activations(device: str, dtype: torch.dtype, rows: int, width: int) -> 
     twice(ops.geglu, own_geglu, [x])
     for form in ("tanh", "none"):
         twice(lambda x, f=form: ops.gelu(x, None, f), lambda x, f=form: F.gelu(x, approximate=f), [x])
-        twice(
-            lambda x, b, f=form: ops.gelu(x, b, f), lambda x, b, f=form: F.gelu(x + b, approximate=f), [x, bias]
-        )
+        twice(lambda x, b, f=form: ops.gelu(x, b, f), lambda x, b, f=form: F.gelu(x + b, approximate=f), [x, bias])
 
 
 def test_activations_at_their_ends_strided_and_empty(device: str) -> None:
@@ -114,7 +112,7 @@ def test_adamw(device: str, count: int, step: float, dtype: torch.dtype, grad_dt
     numbers = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
     state, torchs = (adamw_state(count, dtype, grad_dtype, device) for _ in range(2))
     # fp64 with the moments of the fp32 run's kind; the parameter is the master, rounded at the end
-    param, *rest = adamw_state(count, torch.float32, grad_dtype, device)
+    _, *rest = adamw_state(count, torch.float32, grad_dtype, device)
     exact = [t.double() for t in rest]
     adamw.reference(exact[0], *exact, **scalars, **numbers)
     ops.adamw_(*state, **scalars, **numbers)
