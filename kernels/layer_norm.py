@@ -39,5 +39,6 @@ def fused_torch(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Through torch's layer_norm kernel, which saves h, mean and rstd and nothing else. As `reference`."""
     h = x if residual is None else x + residual
-    y = F.layer_norm(h, weight.shape, weight, bias, eps)
+    with torch.autocast(x.device.type, enabled=False):  # on CUDA, autocast would make y fp32
+        y = F.layer_norm(h, weight.shape, weight, bias, eps)
     return y if residual is None else (y, h)

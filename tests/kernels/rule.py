@@ -64,3 +64,8 @@ def alike(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
 def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     """Whether two runs gave the same bits."""
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def widest(implementation: str) -> torch.dtype:
+    """The widest dtype an implementation takes: the Triton kernels compute in fp32 and refuse fp64."""
+    return torch.float32 if "triton" in implementation else torch.float64

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rule import run, same, twice
+from rule import run, same, twice, widest
 from torch import Tensor
 
 from megapre import kernels
@@ -75,7 +75,7 @@ def test_products_of_rotated_vectors_depend_on_distance_only(
 ) -> None:
     op = kernels.choose(device, {OP: implementation}).rope
     cos, sin = tables(64, 16, device)
-    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, device=device).expand(2, 1, 40, 1, 16)
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=widest(implementation), device=device).expand(2, 1, 40, 1, 16)
     at = torch.arange(40, device=device)[None]
     near_q, near_k = op(q, k, cos, sin, at, interleaved)
     far_q, far_k = op(q, k, cos, sin, at + 20, interleaved)
