@@ -107,25 +107,23 @@ def attentions(head_dim: int, dtype: torch.dtype) -> None:
     q = empty(2, 4096, 32, head_dim, dtype=dtype)
     k = empty(2, 4096, 8, head_dim, dtype=dtype)
     cu_seqlens = empty(17, dtype=torch.int32)
-    for causal, documents, window in (
-        (True, None, None),
-        (True, cu_seqlens, None),
-        (True, None, 1024),
-        (False, None, None),
-    ):
+    masks: list[tuple[bool, torch.Tensor | None, int | None]] = [(True, None, None), (True, cu_seqlens, None)]
+    if head_dim == 128:
+        masks += [(True, None, 1024), (False, None, None)]
+    for causal, documents, window in masks:
         o, lse, bounds = attention.forward_with_documents(q, k, k, causal, documents, window, 0.1)
         attention_backward.backward(o, None, q, k, k, o, lse, bounds, causal, window, 0.1)
 
 
 CASES: dict[str, Callable[[], None]] = {
-    **{f"norm {width}": lambda width=width: norms(width) for width in (128, 768, 4096, 8192, 12288, 16384, 32768)},
+    **{f"norm {width}": lambda width=width: norms(width) for width in (128, 4096, 12288, 32768)},
     **{f"cross_entropy {vocab}": lambda vocab=vocab: cross_entropies(vocab) for vocab in (50304, 131072)},
     "linear_cross_entropy": linear_cross_entropies,
     "rope 32+8x128": lambda: ropes(32, 8, 128),
     "rope 12+12x64": lambda: ropes(12, 12, 64),
-    **{f"activation {width}": lambda width=width: activations(width) for width in (3072, 14336)},
+    **{f"activation {width}": lambda width=width: activations(width) for width in (14336,)},
     "optimizer": optimizers,
-    **{f"attention {d}": lambda d=d: attentions(d, torch.bfloat16) for d in (32, 64, 96, 128, 256)},
+    **{f"attention {d}": lambda d=d: attentions(d, torch.bfloat16) for d in (64, 96, 128, 256)},
     "attention 128 fp32": lambda: attentions(128, torch.float32),
 }
 
@@ -241,9 +239,11 @@ def main() -> int:
     with ProcessPoolExecutor(arguments.jobs) as pool:
         for result in pool.map(compile_case, jobs):
             rows |= result
-    for label, row in rows.items():
-        numbers = row.get("error") or "{registers:4d} registers {spill:5d} spill {shared:7d} shared".format(**row)
-        print(f"{numbers}  {label}")
+            for label, row in result.items():
+                print(
+                    row.get("error") or "{registers:4d} registers {spill:5d} spill {shared:7d} shared".format(**row),
+                    label,
+                )
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": "", "accepted": {}, "rows": {}}
     if arguments.update:
         table["triton"] = triton.__version__

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Activations of a feed-forward layer: GELU (tanh or erf form, with a bias) and the gated SwiGLU and GeGLU.
 
     gelu   y = u Phi(u), u = x + bias;   gated  y = act(g) * u, x = [g, u], act silu or gelu (tanh)

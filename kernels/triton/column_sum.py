@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Sums over rows of a few fp32 partial rows: the last stage of every weight and bias gradient.
 
     out[j] = sum over i of partials[i, j]

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Cross-entropy of rows of logits, in place or not, whole or with the vocabulary cut over ranks.
 
     lse = max + log(sum exp(x - max));  loss = lse - (1 - s) x_label - s mean(x) + z lse^2

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Euclidean norm of flat gradients: one read, the same bits every time, no host sync.
 
     norm = sqrt(sum of g^2)

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """RMS norm and layer norm with the residual addition fused, forward and backward.
 
     h = x + residual (rounded to the dtype of x);  n = h * rstd  or  (h - mean) * rstd;  y = n * weight (+ bias)
@@ -339,7 +339,7 @@ def backward(
         return dx, torch.zeros_like(weight), torch.zeros_like(weight) if bias else weight.new_empty(0)
     rows_dh = rows_dy if dh is None else as_rows(dh)
     strides = (rows_dy.stride(0), rows_dh.stride(0), rows_h.stride(0))
-    flags = {"CENTRED": centred, "DH": dh is not None}
+    flags: dict[str, int] = {"CENTRED": centred, "DH": dh is not None}
     count = 2 if bias else 1
     width = multiprocessors(h.device)
     if columns > WIDEST_TILE:

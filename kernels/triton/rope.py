@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Rotary embedding of queries and keys in one launch, in place or not; the backward is the rotation by the other angle.
 
     (a, b) -> (a cos - b sin, b cos + a sin); pairs (i, i + D/2), or (2i, 2i + 1) when interleaved
