@@ -13,7 +13,9 @@ PYTHON ?= python3
 VENV ?= .venv
 
 BIN := $(VENV)/bin
-READY := $(VENV)/.megapre-ready
+PIP := $(BIN)/pip install $(if $(CI),-q)
+# One stamp at a time, named after the choice of torch: another choice installs again.
+READY := $(VENV)/.ready-$(subst /,-,$(subst =,-,$(TORCH)))
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
 .PHONY: setup demo test lint docs corpus clean
@@ -25,10 +27,10 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "megapre needs Python 3.11 or newer; $$($(BIN)/python -V) is in $(VENV). Try make PYTHON=python3.12"; exit 2; }
-	$(if $(strip $(TORCH)),$(BIN)/pip install -q '$(TORCH)',$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q torch)
-	$(BIN)/pip install -q 'setuptools>=77' wheel 'cmake>=3.26' ninja 'pybind11>=2.12' numpy
-	$(BIN)/pip install -q --no-build-isolation -e '.[all]'
-	@touch $@
+	$(if $(strip $(TORCH)),$(PIP) '$(TORCH)',$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) torch)
+	$(PIP) 'setuptools>=77' wheel 'cmake>=3.26' ninja 'pybind11>=2.12' numpy
+	$(PIP) --no-build-isolation -e '.[all]'
+	@rm -f $(VENV)/.ready-* && touch $@
 
 demo: setup
 	$(BIN)/python examples/demo/run.py
@@ -50,6 +52,6 @@ docs: setup
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf build dist site *.egg-info megapre/_host.*.so kernels/_native $(READY)
+	rm -rf build dist site *.egg-info megapre/_host.*.so kernels/_native $(VENV)/.ready-*
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find megapre kernels tests -name __pycache__ -prune -exec rm -rf {} +
