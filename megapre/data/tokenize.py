@@ -8,18 +8,12 @@ very end. A run that was interrupted, or failed, goes on where it was when it is
 import errno
 import fcntl
 import hashlib
-import multiprocessing
 import os
 import shutil
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from .. import __version__
@@ -28,10 +22,12 @@ from .documents import expand
 from .errors import DataError
 from .indexed import IndexedDataset, IndexedWriter
 from .progress import Progress
-from .shards import Manifest, Options, Shard, Stopped, encode, plan
+from .shards import Manifest, Options, Shard, encode, plan
 from .sidecar import Sidecar, read_sidecar, write_sidecar
 from .tokenizer import Tokenizer, load_tokenizer
+from .workers import encode_in_order
 
+JOINED = "joined"  # the dataset in the folder of shards, before it gets its name
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 AnyPath = str | os.PathLike[str]
 
@@ -85,15 +81,22 @@ def run(
         if (done := _existing(prefix, shards, options, started)) is not None:
             return done
         with Progress(sum(shard.size for shard in shards), progress) as bar:
-            manifests = _encode_all(shards, folder, options, loaded, _processes(workers, len(shards)), bar)
-        result = _publish(prefix, shards, folder, manifests, options, loaded, started)
+            made = _encode(shards, folder, options, loaded, workers, bar)
+            manifests = _join(shards, folder, made, loaded.vocab_size)
+        result = _publish(prefix, folder, manifests, options, loaded, started)
     if progress:
         print(_summary(result))
     return result
 
 
-def _processes(workers: int, shards: int) -> int:
-    return min(workers or len(os.sched_getaffinity(0)), shards)
+def _encode(
+    shards: list[Shard], folder: Path, options: Options, tokenizer: Tokenizer, workers: int, bar: Progress
+) -> Generator[Manifest, None, None]:
+    """The manifests of all shards, in order; in this process where one is enough."""
+    processes = min(workers or len(os.sched_getaffinity(0)), len(shards))
+    if processes > 1:
+        return encode_in_order(shards, folder, options, str(tokenizer.path), processes, bar)
+    return (encode(shard, folder, options, tokenizer, bar.advance) for shard in shards)
 
 
 @contextmanager
@@ -146,81 +149,26 @@ def _source_hash(keys: Sequence[str]) -> str:
     return hashlib.sha256("".join(keys).encode()).hexdigest()
 
 
-def _encode_all(
-    shards: list[Shard], folder: Path, options: Options, tokenizer: Tokenizer, processes: int, bar: Progress
-) -> list[Manifest]:
-    """The manifests of all shards. Of several failures, that of the first shard is raised, whichever came first."""
-    if processes <= 1:
-        return [encode(shard, folder, options, tokenizer, bar.advance) for shard in shards]
-    # Spawned, not forked: a fork copies the locks of the libraries' threads in whatever state they are.
-    context = multiprocessing.get_context("spawn")
-    read, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(
-        processes, mp_context=context, initializer=_start_worker, initargs=(str(tokenizer.path), read, stop)
-    )
-    try:
-        futures = [pool.submit(_work, shard, folder, options) for shard in shards]
-        pending: set[Future[Manifest]] = set(futures)
-        while pending:
-            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-            bar.move_to(read.value)
-            if any(future.exception() for future in done if not future.cancelled()):
-                failed = min(i for i, future in enumerate(futures) if future.done() and future.exception())
-                for future in futures[failed + 1 :]:
-                    future.cancel()
-                wait(futures[:failed])
-                break
-        return [future.result() for future in futures]
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker died, most likely for want of memory; start again with fewer --workers, finished shards are kept"
-        ) from None
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker(tokenizer: str, read: "Synchronized[int]", stop: Event) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and tells by `stop`
-    global _worker
-    _worker = (load_tokenizer(tokenizer), read, stop)
-
-
-_worker: "tuple[Tokenizer, Synchronized[int], Event]"  # of a worker process, set once when it starts
-
-
-def _work(shard: Shard, folder: Path, options: Options) -> Manifest:
-    tokenizer, read, stop = _worker
-
-    def report(count: int) -> None:
-        with read.get_lock():
-            read.value += count
-        if stop.is_set():
-            raise Stopped
-
-    return encode(shard, folder, options, tokenizer, report)
+def _join(shards: list[Shard], folder: Path, made: Generator[Manifest, None, None], vocab_size: int) -> list[Manifest]:
+    """Append each shard to `joined` as soon as it and all before it are made, while the workers go on with the next."""
+    manifests = []
+    with closing(made), IndexedWriter(folder / JOINED, vocab_size=vocab_size) as writer:
+        for shard, manifest in zip(shards, made, strict=True):
+            writer.add_index(shard.prefix(folder))
+            manifests.append(manifest)
+    return manifests
 
 
 def _publish(
-    prefix: str,
-    shards: list[Shard],
-    folder: Path,
-    manifests: list[Manifest],
-    options: Options,
-    tokenizer: Tokenizer,
-    started: float,
+    prefix: str, folder: Path, manifests: list[Manifest], options: Options, tokenizer: Tokenizer, started: float
 ) -> Result:
-    """Join the shards and give the dataset its name, the index last; then the shards go."""
+    """Give the joined shards the dataset's name, the index last; then the folder goes."""
     tokens = sum(manifest.tokens for manifest in manifests)
     skipped = sum(manifest.skipped for manifest in manifests)
     problems = tuple(problem for manifest in manifests for problem in manifest.problems)
     if tokens == 0:
         reason = f"; {skipped} documents were bad, the first: {problems[0]}" if problems else ""
         raise DataError(f"the inputs hold no text{reason}")
-    joined = str(folder / "joined")
-    with IndexedWriter(joined, vocab_size=tokenizer.vocab_size) as writer:
-        for shard in shards:
-            writer.add_index(shard.prefix(folder))
     kept = f"{prefix}.tokenizer{tokenizer.path.suffix}"
     write_whole(kept, tokenizer.path.read_bytes())
     config = tokenizer.path.with_name(f"{tokenizer.path.stem}_config.json")
@@ -240,8 +188,8 @@ def _publish(
         megapre=__version__,
     )
     write_sidecar(prefix, sidecar)
-    os.replace(f"{joined}.bin", f"{prefix}.bin")
-    os.replace(f"{joined}.idx", f"{prefix}.idx")
+    for ending in ("bin", "idx"):
+        os.replace(folder / f"{JOINED}.{ending}", f"{prefix}.{ending}")
     shutil.rmtree(folder)
     return Result(prefix, documents, tokens, size, skipped, problems, time.monotonic() - started)
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -518,6 +519,27 @@ def test_a_worker_that_dies_is_reported(many: Path, tmp_path: Path, tokenizer: T
         run([many], tmp_path / "out", tokenizer.path, workers=2, progress=False)
     killer.join()
     assert run([many], tmp_path / "out", tokenizer.path, workers=1, progress=False).documents == 100
+
+
+def test_an_interrupt_ends_the_workers_and_keeps_their_shards(
+    many: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        if list(tmp_path.glob("out*/shard-*.json")):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megapre.data.progress.Progress.move_to", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run([many], tmp_path / "out", tokenizer.path, workers=2, progress=False)
+    assert multiprocessing.active_children() == []
+    assert not list(tmp_path.glob("out*.bin"))
+    assert not list(tmp_path.glob("out*/.*"))
+    kept = {path.name for path in tmp_path.glob("out*/shard-*.json")}
+    made = TestResuming.encoded(monkeypatch)
+    assert run([many], tmp_path / "out", tokenizer.path, workers=1, progress=False).documents == 100
+    assert kept
+    assert not kept & {f"shard-{number:05}.json" for number in made}
 
 
 def test_progress_in_a_log(
