@@ -232,7 +232,7 @@ def backward(
     block_d = max(next_power_of_2(head_dim), 16)
     delta = torch.empty_like(lse)
     rows = batch * queries * heads
-    tile = max(4096 // block_d, 1)
+    tile = max(2048 // block_d, 1)
     delta_kernel[(ceil_div(rows, tile),)](
         o, do, lse if dlse is None else dlse.contiguous(), delta, queries, heads, rows, head_dim, *do.stride()[:3],
         DLSE=dlse is not None, ROWS=tile, BLOCK_D=block_d, num_warps=4,
