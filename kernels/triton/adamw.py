@@ -72,7 +72,7 @@ def adamw_kernel(
 
 
 def step_(
-    param: Tensor,
+    param: Tensor | None,
     master: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
@@ -89,9 +89,10 @@ def step_(
     """One update in place. All flat and contiguous, of one length; master and moments fp32; scalars 0-dim, on the
     device.
 
-    `param` may share the memory of `master`. ValueError when a tensor of the state is not contiguous or not fp32.
+    `param` None: the master is the parameter. ValueError when a tensor of the state is not contiguous or not fp32.
     """
     state = (master, exp_avg, exp_avg_sq)
+    param = master if param is None else param
     if not all(t.is_contiguous() for t in (param, grad, *state)) or any(t.dtype != torch.float32 for t in state):
         raise ValueError(
             f"adamw_: the state must be contiguous and fp32; strides are "

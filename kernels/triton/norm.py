@@ -52,8 +52,10 @@ def forward_kernel(
         value = rounded.to(tl.float32)
     if CENTRED:
         average = tl.sum(value, 1) / columns
-        tl.store(mean + row, average, mask=row < rows)
         value = tl.where(inside, value - average[:, None], 0.0)
+        rest = tl.sum(value, 1) / columns  # what the sum of values far from zero lost
+        value = tl.where(inside, value - rest[:, None], 0.0)
+        tl.store(mean + row, average + rest, mask=row < rows)
     scale = tl.rsqrt(tl.sum(value * value, 1) / columns + eps)
     tl.store(rstd + row, scale, mask=row < rows)
     out = value * scale[:, None] * w[None, :]

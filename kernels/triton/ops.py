@@ -1,8 +1,8 @@
 """The Triton kernels as torch ops (`torch.ops.megapre_triton.*`) and as functions with the registry's signatures.
 
 Each op has a fake tensor function and, where it can be differentiated, a backward that is an op too, so torch.compile
-calls the kernels as they are and compiles what lies between them. The optimizer's step and the gradients' norm are not
-differentiated and are called directly. All take fp32, bf16 and fp16 tensors and compute in fp32.
+calls the kernels as they are and compiles what lies between them. All take fp32, bf16 and fp16 tensors and compute in
+fp32.
 """
 
 import functools
@@ -416,8 +416,9 @@ def adamw_(
 ) -> None:
     """As `kernels.adamw.reference`, for fp32 states."""
     check_adamw(param, master, exp_avg, exp_avg_sq, grad)
-    _late("adamw", "step_")(
-        param, master, exp_avg, exp_avg_sq, grad, lr, step, beta1, beta2, eps, weight_decay, grad_scale, found_inf
+    separate = None if param is master else param  # a schema must not name one tensor twice among what it writes
+    torch.ops.megapre_triton.adamw_(
+        separate, master, exp_avg, exp_avg_sq, grad, lr, step, beta1, beta2, eps, weight_decay, grad_scale, found_inf
     )
 
 
@@ -426,7 +427,7 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """As `kernels.grad_norm.reference`."""
     for grad in grads:
         _check_dtype("grad_norm", grad)
-    return _late("grad_norm", "norm")(grads)  # type: ignore[no-any-return]
+    return torch.ops.megapre_triton.grad_norm(list(grads))  # type: ignore[no-any-return]
 
 
 _TERMS = "int ignore_index, float label_smoothing, float z_loss, int vocab"
@@ -533,6 +534,20 @@ _OPS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
         "attention_backward",
         "backward",
         lambda do, dlse, q, k, v, *_: (_like(q), _like(k), _like(v)),
+    ),
+    (
+        "adamw_(Tensor(a!)? param, Tensor(b!) master, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor grad, "
+        "Tensor lr, Tensor step, float beta1, float beta2, float eps, float weight_decay, Tensor? grad_scale, "
+        "Tensor? found_inf) -> ()",
+        "adamw",
+        "step_",
+        lambda *_: None,
+    ),
+    (
+        "grad_norm(Tensor[] grads) -> Tensor",
+        "grad_norm",
+        "norm",
+        lambda grads: torch.empty((), dtype=torch.float32, device=grads[0].device if grads else "cpu"),
     ),
 )
 

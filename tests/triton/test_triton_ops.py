@@ -18,6 +18,11 @@ def cases(device: str) -> dict[str, tuple[object, ...]]:
     labels = torch.tensor([1, -100, 5], device=device)
     settings = (-100, 0.1, 1e-3, 7)
     cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32, device=device)
+
+    def state() -> list[Tensor]:  # master, both moments, gradient
+        return [randn(9, grad=False).abs() for _ in range(4)]
+
+    scalars = torch.tensor(1e-3, device=device), torch.tensor(2.0, device=device)  # lr, step
     q, k = randn(1, 5, 2, 16), randn(1, 5, 1, 16)
     tables = randn(5, 8, grad=False), randn(5, 8, grad=False)
     return {
@@ -29,6 +34,9 @@ def cases(device: str) -> dict[str, tuple[object, ...]]:
         "cross_entropy": (randn(3, 8), labels, *settings),
         "linear_cross_entropy": (randn(3, 4), randn(8, 4), labels, *settings, True, True),
         "attention": (q, k, randn(1, 5, 1, 16), True, cu_seqlens, 4, 0.25),
+        "adamw_": (randn(9, grad=False).bfloat16(), *state(), *scalars, 0.9, 0.95, 1e-8, 0.1, None, None),
+        "adamw_ of an fp32 parameter": (None, *state(), *scalars, 0.9, 0.95, 1e-8, 0.1, scalars[1], scalars[0]),
+        "grad_norm": ([randn(9, grad=False), randn(3, 4, grad=False)],),
     }
 
 
