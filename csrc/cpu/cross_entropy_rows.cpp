@@ -114,6 +114,10 @@ RowStats<acc_t<T>> row_stats(const T* x, int64_t vocab, acc_t<T>* exps, acc_t<T>
       references[first / kColumnBlock] = reference;
     }
   }
+  // A row with NaN or +inf has no softmax; the fast exponential would let it pass for one.
+  if (!(running_max < std::numeric_limits<A>::infinity())) {
+    sum = std::numeric_limits<A>::quiet_NaN();
+  }
   return {running_max, std::log(sum), sum, sum_x};
 }
 

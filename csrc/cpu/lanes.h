@@ -59,16 +59,6 @@ inline void store_lanes(T* p, const Lanes<acc_t<T>>& v, int64_t count = kLanes<T
   }
 }
 
-// What reading back a stored value would give.
-template <typename T>
-inline Lanes<acc_t<T>> rounded(const Lanes<acc_t<T>>& v) {
-  if constexpr (is_half_width<T>) {
-    return at::vec::convert<float, 2, T, 1>(at::vec::VectorizedN<T, 1>(at::vec::convert<T, 1, float, 2>(v)));
-  } else {
-    return v;
-  }
-}
-
 template <typename A>
 inline A sum(const Lanes<A>& v) {
   using V = at::vec::Vectorized<A>;
