@@ -1,8 +1,9 @@
 # make demo     everything from text to a trained, sampled model      make test     the tests
 # make lint     ruff, import contracts, types                         make docs     the documentation site
 # make corpus   build a larger demo corpus from Debian packages       make clean    remove what was built
+# make gpu-check   on a machine with a GPU: prove everything on it, with the machine's own python and no network
 #
-# Each sets up $(VENV) first, if it is not there. torch is the user's choice:
+# Each but the last two sets up $(VENV) first, if it is not there. torch is the user's choice:
 #   make demo TORCH=torch==2.12.0    another version
 #   make demo TORCH=torch            the newest
 #   make demo TORCH=                 whatever $(VENV) has already; the newest if it has none
@@ -18,7 +19,7 @@ PIP := $(BIN)/pip install $(if $(CI),-q)
 READY := $(VENV)/.ready-$(subst /,-,$(subst =,-,$(TORCH)))
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: setup demo test lint docs corpus clean
+.PHONY: setup demo test lint docs corpus gpu-check clean
 
 setup: $(READY)
 
@@ -50,6 +51,9 @@ lint: setup
 
 docs: setup
 	$(BIN)/mkdocs build --strict
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 clean:
 	rm -rf build dist site *.egg-info megapre/_host.*.so kernels/_native $(VENV)/.ready-*
