@@ -91,7 +91,7 @@ def save(checkpoints: Path, step: int, tensors: Mapping[str, Tensor], facts: Map
 def verify(path: Path) -> Manifest:
     """Reads the manifest of a committed checkpoint and compares every file with it.
 
-    Raises CheckpointError naming the first file that is missing, truncated, damaged or unknown.
+    Raises CheckpointError naming the first file that is missing, truncated or damaged.
     """
     manifest = _read_manifest(path)
     present = {p.name for p in path.iterdir()} - {MANIFEST}

@@ -139,10 +139,3 @@ class FlatParameters:
     def named(self, buffer: Callable[[FlatGroup], Tensor]) -> dict[str, Tensor]:
         """Views by parameter name of the buffer that `buffer` picks, such as `lambda group: group.master`."""
         return {name: slot.view(buffer(group)) for group in self.groups for name, slot in group.slots.items()}
-
-    def grads(self) -> dict[str, Tensor]:
-        return self.named(lambda group: group.grad)
-
-    def __len__(self) -> int:
-        """Number of parameters (scalars), padding between them not counted."""
-        return sum(slot.stop - slot.start for group in self.groups for slot in group.slots.values())

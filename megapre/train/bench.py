@@ -55,7 +55,8 @@ def step(cfg: Config, steps: int = 10, warmup: int = 3, json_path: str | Path | 
     times = [machine.seconds(*mark) for mark in marks[warmup:]]
     p20, p50, p80 = percentiles(times)
     tokens_per_s = cfg.batch.tokens / p50
-    mfu, memory = plan_of(cfg, device).mfu(tokens_per_s), machine.peak_memory(device)
+    plan = plan_of(cfg, device)
+    mfu, memory = plan.mfu(tokens_per_s), machine.peak_memory(device)
     found = {
         "recipe": cfg.name,
         "device": machine.describe(device),
@@ -70,7 +71,7 @@ def step(cfg: Config, steps: int = 10, warmup: int = 3, json_path: str | Path | 
         "micro_batch": cfg.batch.micro,
         "global_batch": cfg.batch.global_,
         "seq_length": cfg.batch.seq_length,
-        "parameters": len(engine.flat),
+        "parameters": sum(plan.parameters),
         "warmup": warmup,
         "steps": steps,
         "step_s": {"p20": p20, "p50": p50, "p80": p80},

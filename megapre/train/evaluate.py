@@ -8,6 +8,7 @@ not depend on the tokenizer.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -87,7 +88,7 @@ def run(run_dir: str | Path, data: str = "", batches: int = 0, device: str = "au
 
 def load_model(path: Path, cfg: Config, device: torch.device) -> tuple[Transformer, checkpoint.Manifest]:
     """The model of a run folder with the weights of its newest whole checkpoint."""
-    manifest = checkpoint.newest_verified(path / "checkpoints", print)
+    manifest = checkpoint.newest_verified(path / "checkpoints", lambda problem: print(problem, file=sys.stderr))
     if manifest is None:
         raise RunFolderError(f"run folder {path} holds no checkpoint yet")
     model = build_model(cfg, device)

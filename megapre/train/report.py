@@ -57,6 +57,7 @@ class Report:
 
     def add(self, step: Timed) -> None:
         self.meter.add(step)
+        self.screen.advance(step.step)
 
     def flush(self) -> None:
         """Writes out every step that has gathered; the newest gets the step line. Raises Diverged."""
@@ -65,7 +66,6 @@ class Report:
             line = self.line.see(record)
             if record is records[-1]:
                 self.screen.say(line)
-        self.screen.advance(self.progress.step)
         for record in records:
             self.journal.write(record.as_json())
             self._watch(record)
