@@ -119,14 +119,14 @@ def parts(out: Path) -> list[Part]:
         Part(
             "kernels",
             "the kernel table against peers and the measured ceilings",
-            200,
-            [PYTHON, "benchmarks/kernels_gpu.py", "--out", str(out), "--budget", "180"],
+            150,
+            [PYTHON, "benchmarks/kernels_gpu.py", "--out", str(out), "--budget", "120"],
         ),
         Part(
             "train-step",
             "the training step against peers",
-            200,
-            [PYTHON, "benchmarks/train_step.py", "--device", "cuda", "--out", str(out), "--budget", "180"],
+            180,
+            [PYTHON, "benchmarks/train_step.py", "--device=cuda", "--repeats=1", f"--out={out}", "--budget=140"],
         ),
     ]
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -62,20 +63,28 @@ def main() -> None:
     parser.add_argument("--only", default="", help="providers, separated by commas")
     parser.add_argument("--case", default="", help="one shape only")
     parser.add_argument("--no-profile", action="store_true", help="do not measure where the step goes")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing more is started")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.deadline = time.monotonic() + arguments.budget
     if arguments.worker:
         print("RESULT " + json.dumps(work(json.loads(arguments.worker))))
         return
     providers = [p for p in PROVIDERS if not arguments.only or p in arguments.only.split(",")]
     cases = [case for case in SETTINGS[arguments.device]["cases"] if arguments.case in ("", case[0])]
     rows, profiles = measure(providers, cases, arguments)
+    print("\n".join(write(rows, profiles, arguments)))
+
+
+def write(rows: list[Row], profiles: list[Row], arguments: argparse.Namespace) -> list[str]:
+    """The results as files, and the lines of the table. Called after every measurement: a run cut off keeps its own."""
     name, lines = table(rows, profiles, arguments)
-    print("\n".join(lines))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / f"{name}.json").write_text(json.dumps({"rows": rows, "profiles": profiles, "about": about()}, indent=1))
-    print(f"written to {RESULTS / name}.{{md,json}}")
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    (out / f"{name}.json").write_text(json.dumps({"rows": rows, "profiles": profiles, "about": about()}, indent=1))
+    return [*lines, f"written to {out / name}.{{md,json}}"]
 
 
 def measure(providers: list[str], cases: list[Any], arguments: argparse.Namespace) -> tuple[list[Row], list[Row]]:
@@ -88,7 +97,7 @@ def measure(providers: list[str], cases: list[Any], arguments: argparse.Namespac
                 if (case, provider) in failed:
                     continue
                 task = {"case": case, "sequences": sequences, "length": length, "provider": provider}
-                row = run_worker({**task, "device": arguments.device, "profile": False})
+                row = run_worker({**task, "device": arguments.device, "profile": False}, arguments.deadline)
                 if row is None:
                     failed.add((case, provider))
                     continue
@@ -97,20 +106,33 @@ def measure(providers: list[str], cases: list[Any], arguments: argparse.Namespac
                     flush=True,
                 )
                 found.setdefault((case, provider), []).append(row)
+                write([combined(repeats) for repeats in found.values()], [], arguments)
     rows = [combined(repeats) for repeats in found.values()]
     profiles = []
     for case, sequences, length in [] if arguments.no_profile else cases:
         task = {"case": case, "sequences": sequences, "length": length, "provider": "megapre"}
-        row = run_worker({**task, "device": arguments.device, "profile": True})
+        row = run_worker({**task, "device": arguments.device, "profile": True}, arguments.deadline)
         if row is not None:
             profiles.append({"case": case, "ms": row["profile"]})
     return rows, profiles
 
 
-def run_worker(task: Row) -> Row | None:
+def run_worker(task: Row, deadline: float) -> Row | None:
+    """What one process measured; None, and the reason printed, when it could not or the time is up."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        print(f"{task['case']} {task['provider']}: left out, the budget is spent", flush=True)
+        return None
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(task)]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    limit = None if math.isinf(left) else left + 30  # what has begun may end
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        print(f"{task['case']} {task['provider']}: left out, the budget is spent", flush=True)
+        return None
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
