@@ -6,7 +6,7 @@ in a process of its own under a time limit. What a part printed is kept in its l
 time does not stop the next one. The summary is written after every part, so a run that is cut off keeps what it had:
 
     benchmarks/results/gpu_check_<hardware>_<date>.{json,md}     the summary
-    benchmarks/results/gpu_check_<hardware>_<date>_logs/*.log    what each part printed
+    benchmarks/results/gpu_check_<hardware>_<date>_logs/*.log    what each part printed (not for the repository)
     benchmarks/results/{kernels,train_step}_<hardware>_<date>.*  written by the parts themselves
 
 Exit status: 0 when every part that was asked for passed, 1 otherwise, 2 when there is no usable GPU.
@@ -94,7 +94,8 @@ def commit() -> str:
 
 
 def parts(out: Path) -> list[Part]:
-    """Every part of the check, in the order they run."""
+    """Every part of the check, in the order they run; `out` is where they write results."""
+    to = os.path.relpath(out, ROOT)  # the results quote their command
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     pytest = [PYTHON, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--maxfail=25"]
     if importlib.util.find_spec("xdist"):  # a test is mostly compilation of kernels, on the host
@@ -120,13 +121,13 @@ def parts(out: Path) -> list[Part]:
             "kernels",
             "the kernel table against peers and the measured ceilings",
             150,
-            [PYTHON, "benchmarks/kernels_gpu.py", "--out", str(out), "--budget", "120"],
+            [PYTHON, "benchmarks/kernels_gpu.py", f"--out={to}", "--budget=120"],
         ),
         Part(
             "train-step",
             "the training step against peers",
             180,
-            [PYTHON, "benchmarks/train_step.py", "--device=cuda", "--repeats=1", f"--out={out}", "--budget=140"],
+            [PYTHON, "benchmarks/train_step.py", "--device=cuda", "--repeats=1", f"--out={to}", "--budget=140"],
         ),
     ]
 
