@@ -1,8 +1,11 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and compares what it needs with the committed table.
 
-    python .ci/aot_triton.py            compare with tests/triton/aot_table.json; fails on a spill that is not
-    accepted there python .ci/aot_triton.py --update   write the table
+    python .ci/aot_triton.py                             compare with tests/triton/aot_table.json
+    python .ci/aot_triton.py --update                    write the table, but for what is accepted
     python .ci/aot_triton.py --cases attention --arch 90
+
+It fails when a kernel does not compile, spills more than the table accepts (with a reason), needs more shared memory
+than the architecture has, or differs from the table.
 
 The launch functions themselves are called, on meta tensors of real sizes; what they would launch is recorded and
 compiled for each architecture, so that the table shows the block sizes and warps that run. Registers and stack come
@@ -12,6 +15,7 @@ shared memory beyond the architecture's limit count.
 
 import argparse
 import contextlib
+import fnmatch
 import json
 import re
 import subprocess
@@ -127,6 +131,9 @@ CASES: dict[str, Callable[[], None]] = {
     "attention 128 fp32": lambda: attentions(128, torch.float32),
 }
 
+# What few models use, compiled for one architecture only.
+RARE = ("attention 96", "attention 256", "attention 128 fp32", "norm 32768")
+
 Launch = tuple[JITFunction, dict[str, Any], dict[str, Any]]
 
 
@@ -214,12 +221,15 @@ def problems(rows: dict[str, dict[str, Any]], table: dict[str, Any], same_triton
     """What is wrong: an error, a spill without a reason, too much shared memory, or a difference from the table."""
     found = []
     for label, row in rows.items():
-        accepted = table["accepted"].get(label.split(": ", 1)[1])
-        arch = int(re.match(r"sm_(\d+)", label)[1])  # type: ignore[index]
+        arch = int(label.split(" ", 1)[0].removeprefix("sm_"))
+        accepted = max(
+            (rule["bytes"] for pattern, rule in table["accepted"].items() if fnmatch.fnmatchcase(label, pattern)),
+            default=0,
+        )
         if "error" in row:
             found.append(f"{label}: {row['error']}")
-        elif row["spill"] and not accepted:
-            found.append(f"{label}: spills {row['spill']} bytes; accept it with a reason in {TABLE.name}, or shrink it")
+        elif row["spill"] > accepted:
+            found.append(f"{label}: spills {row['spill']} bytes a thread, {accepted} are accepted in {TABLE.name}")
         elif row["shared"] > SHARED_LIMIT[arch]:
             found.append(f"{label}: {row['shared']} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
         elif same_triton and table["rows"].get(label) != row:
@@ -234,7 +244,12 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    jobs = [(name, arch) for arch in arguments.arch for name in CASES if arguments.cases in name]
+    jobs = [
+        (name, arch)
+        for arch in arguments.arch
+        for name in CASES
+        if arguments.cases in name and (arch == 90 or name not in RARE)
+    ]
     rows: dict[str, dict[str, Any]] = {}
     with ProcessPoolExecutor(arguments.jobs) as pool:
         for result in pool.map(compile_case, jobs):

@@ -190,7 +190,7 @@ def query_kernel(
 def key_policy(head_dim: int, element_size: int) -> tuple[int, int, int, int]:
     """(queries, keys, warps, stages) of the kernel for dK and dV."""
     if element_size > 2:
-        return 64, 32, 8, 1
+        return 16, 32, 8, 1
     if head_dim <= 64:
         return 64, 128, 8, 2
     if head_dim <= 128:
