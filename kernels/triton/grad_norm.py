@@ -3,7 +3,7 @@
 
     norm = sqrt(sum of g^2)
 
-Bytes    one read of every gradient. Floor: bytes / read rate: fp32, 0.93 ms per 1e9 on an H200. Not yet run on a GPU.
+Bytes    one read of every gradient. Floor: bytes / read rate: fp32, 0.93 ms per 1e9 on an H200. Not yet timed on a GPU.
 
 Blocks of a fixed 65,536 elements, whatever the machine: each is one fp32 partial sum, added per thread and then as a
 tree; the partial sums of all tensors are added in fp64 by one program. inf and NaN pass through.
