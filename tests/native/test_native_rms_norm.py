@@ -117,6 +117,9 @@ def test_repeats_bitwise(ops: Any, threads: int) -> None:
         _, _, rstd = ops.rms_norm(x, weight, EPS, None)
         first = ops.rms_norm_backward(dy, dy, x, weight, rstd)
         assert all(same(ops.rms_norm_backward(dy, dy, x, weight, rstd), first) for _ in range(5))
+        own, exact = autograd(x, weight, dy, dy), autograd(x.double(), weight.double(), dy.double(), dy.double())
+        close(first[0], own[1], exact[1], "dx")
+        close(first[1], own[2], exact[2], "dweight")
     finally:
         torch.set_num_threads(1)
 
