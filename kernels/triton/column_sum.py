@@ -5,7 +5,7 @@
 
 Each persistent program of a backward kernel leaves one row of partial sums; adding them in a fixed order, by one
 program per strip of columns, is deterministic and needs no atomics. P partial rows are P * columns * 4 bytes, in L2.
-Not yet timed on a GPU.
+Timed as part of the backward of the norms.
 """
 
 import torch

@@ -3,7 +3,8 @@
 
     norm = sqrt(sum of g^2)
 
-Bytes    one read of every gradient. Floor: bytes / read rate: fp32, 0.93 ms per 1e9 on an H200. Not yet timed on a GPU.
+Bytes    one read of every gradient. Floor: bytes / read rate: fp32, 0.93 ms per 1e9 on an H200.
+Measured at the copy rate (500M fp32; kernels_nvidia-h200_2026-11-20 in benchmarks/results).
 
 Blocks of a fixed 65,536 elements, whatever the machine: each is one fp32 partial sum, added per thread and then as a
 tree; the partial sums of all tensors are added in fp64 by one program. inf and NaN pass through.

@@ -83,10 +83,13 @@ def test_attention_obeys_the_rule(
         cuts = [0, *sorted(int(d * batch * keys) for d in documents), batch * keys]
         cu_seqlens = torch.tensor(cuts, dtype=torch.int32, device=device)
     mask = mask_by_loops(batch, queries, keys, causal, window, cuts).to(device)
+    # The Triton kernel takes exponentials in base 2: scores and lse are rounded once more, by an ulp of |s| < 16 each.
+    slack = 16 * torch.finfo(torch.float32).eps if "triton" in implementation else 0.0
     twice(
         lambda q, k, v: op(q, k, v, causal, cu_seqlens, window, scale),
         lambda q, k, v: torch_attention(q, k, v, mask, scale),
         [q, k, v],
+        slack,
     )
 
 
