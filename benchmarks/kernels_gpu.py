@@ -344,11 +344,11 @@ def main() -> int:
         print("kernels_gpu: there is no CUDA device", file=sys.stderr)
         return 2
     import kernel_cases
-    import torch._functorch.config
+    from torch._functorch import config as functorch
 
     from megapre import kernels
 
-    torch._functorch.config.donated_buffer = False  # a compiled backward is timed again and again over one graph
+    functorch.donated_buffer = False  # a compiled backward is timed again and again over one graph
     kernels.choose("cuda")
     bench = Bench(arguments.budget)
     bench.measure_ceilings()
