@@ -19,7 +19,7 @@ from pathlib import Path
 TEXT = Path("examples/demo/corpus")
 DATA = Path("data/demo")
 RUN = Path("runs/demo")
-PROMPTS = ("It was", "She could not")
+PROMPTS = ("She could not", "Mr. Darcy had")
 BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
@@ -45,11 +45,11 @@ def main() -> int:
 
 def text_to_tokens() -> None:
     tokenizer = DATA / "tokenizer.json"
-    heading("1/5", "Train a tokenizer: a byte-level BPE of 4,096 tokens on the six novels of Jane Austen")
+    heading("1/5", "Train a tokenizer: a byte-level BPE of 8,192 tokens on the six novels of Jane Austen")
     if tokenizer.exists():
         print(f"{tokenizer} exists and is kept")
     else:
-        megapre("tokenizer", "train", TEXT / "train/austen.jsonl.zst", "--vocab-size", "4096", "--output", tokenizer)
+        megapre("tokenizer", "train", TEXT / "train/austen.jsonl.zst", "--vocab-size", "8192", "--output", tokenizer)
     heading("2/5", "Turn text into tokens; the chapters of the validation set are not in the training set")
     for part in ("train", "valid"):
         text = TEXT / part / "austen.jsonl.zst"
@@ -73,7 +73,8 @@ def use() -> None:
     megapre("eval", RUN)
     heading("5/5", "Let it write")
     for prompt in PROMPTS:
-        megapre("sample", RUN, "--prompt", prompt, "--max-new-tokens", "120", "--temperature", "0.7")
+        megapre("sample", RUN, "--prompt", prompt, "--max-new-tokens", "100", "--temperature", "0.7", "--top-p", "0.9")
+        print()
 
 
 def close(seconds: float, trained: bool) -> None:
