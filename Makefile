@@ -16,7 +16,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install $(if $(CI),-q)
 # One stamp at a time, named after the choice of torch: another choice installs again.
-READY := $(VENV)/.ready-$(subst /,-,$(subst =,-,$(TORCH)))
+READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
 .PHONY: setup demo test lint docs corpus gpu-check clean
@@ -25,9 +25,9 @@ setup: $(READY)
 
 # torch first, then what builds, then megapre without isolation: its native code must see the torch it will run with.
 $(READY): pyproject.toml setup.py CMakeLists.txt $(NATIVE)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "megapre needs Python 3.11 or newer; $$($(BIN)/python -V) is in $(VENV). Try make PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "megapre needs Python 3.11 or newer, and $$($(PYTHON) -V) is too old. Try make PYTHON=python3.12"; exit 2; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(if $(strip $(TORCH)),$(PIP) '$(TORCH)',$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) torch)
 	$(PIP) 'setuptools>=77' wheel 'cmake>=3.26' ninja 'pybind11>=2.12' numpy
 	$(PIP) --no-build-isolation -e '.[all]'

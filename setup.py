@@ -103,6 +103,9 @@ class NativeBuild(build_ext):
         subprocess.run([cmake, "-G", "Ninja", "-S", ROOT, "-B", build, *definitions], check=True, stdout=sys.stderr)
         subprocess.run([cmake, "--build", build], check=True, stdout=sys.stderr)
         built = {OPS: build / "libmegapre_ops.so"} if tensor_ops else {}
+        if built:  # a compiler with another OpenMP, say, links what torch cannot load
+            load = "import sys, torch; torch.ops.load_library(sys.argv[1])"
+            subprocess.run([sys.executable, "-c", load, str(built[OPS])], check=True)
         return built | ({HOST: build / Path(HOST).name} if host else {})
 
     def leave_out(self, what: str, why: str) -> None:

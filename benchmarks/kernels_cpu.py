@@ -145,11 +145,10 @@ def measure(case: Case, repeats: int, copy: Work) -> tuple[Row, float]:
     for work in (case.native, case.eager, copy):
         milliseconds(work, case.prepare)
     times: dict[str, list[float]] = {"native": [], "eager": [], "copy": []}
-    for turn in range(repeats):
+    for _ in range(repeats):
         times["native"].append(milliseconds(case.native, case.prepare))
-        if turn % 3 == 0:  # an order of magnitude slower, and steadier
-            times["eager"].append(milliseconds(case.eager, lambda: None))
-            times["copy"].append(milliseconds(copy, lambda: None))
+        times["eager"].append(milliseconds(case.eager, lambda: None))
+        times["copy"].append(milliseconds(copy, lambda: None))
     best, eager = min(times["native"]), min(times["eager"])
     row = Row(
         case.op, case.size, case.dtype, best, sorted(times["native"])[repeats // 2], eager, eager / best,

@@ -291,6 +291,7 @@ def hugging_face_step(task: Row, device: Any) -> tuple[Step, int, Callable[..., 
             tie_word_embeddings=True,
             use_cache=False,
         )
+    device = machine.prepare(config(task).run)  # the allocator's settings too: all providers run under the same
     before = machine.peak_memory(device)
     autocast = task["provider"] == "hf-autocast"
     model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
@@ -301,7 +302,7 @@ def hugging_face_step(task: Row, device: Any) -> tuple[Step, int, Callable[..., 
     def step(line: Any) -> None:
         line = line.to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
-        # The model shifts labels by itself; the last column has none to predict, so that T tokens are predicted.
+        # The model shifts labels by itself: T - 1 tokens are predicted, T are counted.
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = forward(input_ids=line[:, :-1], labels=line[:, :-1]).loss
         loss.backward()

@@ -174,7 +174,9 @@ def _forward_fake(x: Tensor, weight: Tensor, labels: Tensor, *settings: Any) -> 
 
 
 def _backward(dloss: Tensor, dx: Tensor, dweight: Tensor, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if dweight.dtype == weight_dtype or dweight.device.type == "cuda" or dweight.dim() < 2:
+    if dweight.device.type == "cuda":  # a 16-bit dx would make torch round the upstream gradient to 16 bits as well
+        return (dx.to(dloss.dtype) * dloss).to(dx.dtype), (dweight * dloss).to(weight_dtype)
+    if dweight.dtype == weight_dtype or dweight.dim() < 2:
         return dx * dloss, (dweight * dloss).to(weight_dtype)
     scaled = dweight.new_empty(dweight.shape, dtype=weight_dtype)
     for block, scratch in _blocks(dweight):

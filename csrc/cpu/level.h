@@ -11,6 +11,7 @@ const char* name(Level level);
 // Raises if the variable names no level, or one that this CPU cannot run.
 Level level();
 
+#if defined(__x86_64__)
 // A set of row loops `Kernels NAME` exists once per level, each in the namespace of that level.
 #define MEGAPRE_DECLARE_LEVELS(Kernels, NAME) \
   namespace DEFAULT {                         \
@@ -36,5 +37,13 @@ const Kernels& choose(const Kernels& baseline, const Kernels& avx2, const Kernel
 }
 
 #define MEGAPRE_CHOOSE(NAME) ::megapre::cpu::choose(DEFAULT::NAME, AVX2::NAME, AVX512::NAME)
+#else
+// Elsewhere there is one level.
+#define MEGAPRE_DECLARE_LEVELS(Kernels, NAME) \
+  namespace DEFAULT {                         \
+  extern const Kernels NAME;                  \
+  }
+#define MEGAPRE_CHOOSE(NAME) DEFAULT::NAME
+#endif
 
 }  // namespace megapre::cpu

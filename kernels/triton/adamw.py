@@ -43,7 +43,7 @@ def adamw_kernel(
     beta1, rest1, log_beta1, beta2, rest2, log_beta2, eps, weight_decay,
     SCALED: tl.constexpr, GUARDED: tl.constexpr, SEPARATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(count, BLOCK)
+    blocks = tl.cdiv(tl.cast(count, tl.int64), BLOCK)  # count + BLOCK - 1 may pass 2^31
     if GUARDED:
         blocks = tl.where(tl.load(found_inf_at) > 0, 0, blocks)
     lr = tl.load(lr_at).to(tl.float32)

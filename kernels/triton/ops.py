@@ -29,11 +29,30 @@ def _check_dtype(op: str, x: Tensor) -> None:
         raise ValueError(f"{op}: the Triton kernel takes fp32, bf16 and fp16, not {x.dtype}; choose `reference`")
 
 
+def _check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """A kernel reads by pointer: what is too short would be read past its end."""
+    _check_dtype(op, x)
+    if weight.shape != x.shape[-1:] or (bias is not None and bias.shape != weight.shape):
+        shapes = tuple(weight.shape), None if bias is None else tuple(bias.shape)
+        raise ValueError(f"{op}: weight and bias are {shapes}; x {tuple(x.shape)} needs [{x.shape[-1]}]")
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"{op}: residual is {tuple(residual.shape)} {residual.dtype} and x {tuple(x.shape)} {x.dtype}; "
+            "both must agree"
+        )
+
+
+def _check_one_dtype(op: str, *tensors: Tensor) -> None:
+    _check_dtype(op, tensors[0])
+    if len({t.dtype for t in tensors}) > 1:
+        raise ValueError(f"{op}: the inputs must share a dtype; they are {[t.dtype for t in tensors]}")
+
+
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As `kernels.rms_norm.reference`."""
-    _check_dtype("rms_norm", x)
+    _check_norm("rms_norm", x, weight, None, residual)
     y, h, _, _ = torch.ops.megapre_triton.norm(x, weight, None, eps, residual, False)
     return y if residual is None else (y, h)
 
@@ -42,7 +61,7 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As `kernels.layer_norm.reference`."""
-    _check_dtype("layer_norm", x)
+    _check_norm("layer_norm", x, weight, bias, residual)
     y, h, _, _ = torch.ops.megapre_triton.norm(x, weight, bias, eps, residual, True)
     return y if residual is None else (y, h)
 
@@ -57,7 +76,8 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.rope.reference`, but a position beyond the tables gives NaN."""
     check_rope(q_BSND, k_BSKD, cos, sin, positions)
-    _check_dtype("rope", q_BSND)
+    _check_one_dtype("rope", q_BSND, k_BSKD)
+    positions = None if positions is None else positions.expand(q_BSND.shape[:2])
     return torch.ops.megapre_triton.rope(  # type: ignore[no-any-return]
         q_BSND, k_BSKD, cos.float(), sin.float(), positions, interleaved, False
     )
@@ -73,7 +93,8 @@ def rope_(
 ) -> tuple[Tensor, Tensor]:
     """`rope` in place of q and k, which may be views of one projection; not differentiable. Returns (q, k)."""
     check_rope(q_BSND, k_BSKD, cos, sin, positions)
-    _check_dtype("rope_", q_BSND)
+    _check_one_dtype("rope_", q_BSND, k_BSKD)
+    positions = None if positions is None else positions.expand(q_BSND.shape[:2])
     rotate = late("rope", "rotate_in_place")
     return rotate(q_BSND, k_BSKD, cos.float(), sin.float(), positions, interleaved)  # type: ignore[no-any-return]
 
@@ -83,6 +104,8 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Te
     if approximate not in ("tanh", "none"):
         raise ValueError(f'gelu: approximate is {approximate!r}; it can be "tanh" or "none"')
     _check_dtype("gelu", x)
+    if bias is not None and bias.shape != x.shape[-1:]:
+        raise ValueError(f"gelu: bias is {tuple(bias.shape)}; x {tuple(x.shape)} needs [{x.shape[-1]}]")
     kind = GELU_TANH if approximate == "tanh" else GELU_ERF
     return torch.ops.megapre_triton.gelu(x, bias, kind)  # type: ignore[no-any-return]
 
@@ -165,7 +188,12 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As `kernels.attention.reference`, for head dims up to 256 and scale > 0. lse can be differentiated."""
     check_attention(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
-    _check_dtype("attention", q_BSND)
+    _check_one_dtype("attention", q_BSND, k_BSKD, v_BSKD)
+    if q_BSND.shape[0] * q_BSND.shape[2] > 65535:  # a grid's second dim on every CUDA device
+        raise ValueError(
+            f"attention: the Triton kernel takes at most 65535 batch x heads, "
+            f"not {q_BSND.shape[0]} x {q_BSND.shape[2]}; choose `sdpa`"
+        )
     scale = 1.0 / math.sqrt(q_BSND.shape[-1]) if scale is None else scale
     o, lse, _ = torch.ops.megapre_triton.attention(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale)
     return (o, lse) if return_lse else o
