@@ -45,6 +45,7 @@ def torch_arguments() -> dict[str, str]:
         "TORCH_INCLUDE": ";".join(include_paths()),
         "TORCH_LIB": str(Path(torch.__file__).parent / "lib"),
         "TORCH_CXX11_ABI": str(int(torch.compiled_with_cxx11_abi())),
+        "TORCH_VERSION": torch.__version__.split("+")[0],
     }
 
 
@@ -96,7 +97,9 @@ class NativeBuild(build_ext):
             self.leave_out("host module", "pybind11 is not importable")
         build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
         # Every variable is passed every time, so that none survives in CMake's cache from another environment.
-        variables = dict.fromkeys(("TORCH_INCLUDE", "TORCH_LIB", "PYBIND11_INCLUDE", "PYTHON_INCLUDE"), "")
+        variables = dict.fromkeys(
+            ("TORCH_INCLUDE", "TORCH_LIB", "TORCH_VERSION", "PYBIND11_INCLUDE", "PYTHON_INCLUDE"), ""
+        )
         variables |= {"CMAKE_MAKE_PROGRAM": str(tool("ninja"))} | tensor_ops | host
         definitions = [f"-D{name}={value}" for name, value in variables.items()]
         cmake = str(tool("cmake"))

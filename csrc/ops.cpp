@@ -7,10 +7,15 @@
 
 #include "cpu/level.h"
 
+// setup.py passes torch.__version__ up to the "+": the header knows no 2.11.0a0 or 2.14.0.dev20260101.
+#ifndef MEGAPRE_TORCH_VERSION
+#define MEGAPRE_TORCH_VERSION TORCH_VERSION
+#endif
+
 // Found in the file's bytes by kernels/native.py before the library is loaded: torch's C++ interface is not stable from
 // one version to the next, and loading a library built for another one fails in unreadable ways.
 extern "C" __attribute__((visibility("default"), used)) const char megapre_built_for_torch[] =
-    "megapre-built-for-torch=" TORCH_VERSION ";";
+    "megapre-built-for-torch=" MEGAPRE_TORCH_VERSION ";";
 
 TORCH_LIBRARY(megapre, m) {
   // y = h * rstd * weight with rstd = 1/sqrt(mean(h^2) + eps), h = x + residual. `h` is empty without a residual.
