@@ -45,19 +45,23 @@ def generate(
     seed: int = 0,
     eos_id: int | None = None,
     cache: bool = True,
+    vocab: int | None = None,
 ) -> Iterator[Step]:
     """Yield up to max_new_tokens steps; end early, after yielding it, when every prompt has met eos_id.
 
     tokens: int64 [S] or [B, S], prompts of equal length. temperature 0 is greedy; top_k 0 and top_p 1 keep every token.
     A prompt that has met eos_id repeats it until the others have. Steps come on the CPU; the same seed gives the same
-    tokens. cache=False recomputes the whole text for every token, to the same result up to rounding.
+    tokens. cache=False recomputes the whole text for every token, to the same result up to rounding. Of a model whose
+    vocabulary is larger than its tokenizer's, vocab is the tokenizer's: no id from there on exists.
 
     Raises ModelError, before anything is computed, for settings out of range, tokens outside the vocabulary, and texts
     longer than the context.
     """
     prompt_BS = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
     _check(model, prompt_BS, max_new_tokens, temperature, top_k, top_p)
-    return _steps(model, prompt_BS, max_new_tokens, (temperature, top_k, top_p), seed, eos_id, cache)
+    if vocab is not None and vocab < 1:
+        raise ModelError(f"vocab {vocab} leaves no token to choose")
+    return _steps(model, prompt_BS, max_new_tokens, (temperature, top_k, top_p), seed, eos_id, cache, vocab)
 
 
 def _check(
@@ -90,6 +94,7 @@ def _steps(
     seed: int,
     eos_id: int | None,
     cached: bool,
+    vocab: int | None,
 ) -> Iterator[Step]:
     weight = model.head_weight
     batch, length = text_BS.shape
@@ -103,7 +108,7 @@ def _steps(
     for _ in range(max_new_tokens):
         with torch.no_grad():  # not around the yield, where it would leak into the caller
             y_BSH = model.hidden(new_BS if cache else text_BS, cache=cache)
-            logits_BV = model.logits(y_BSH[:, -1]).double().cpu()
+            logits_BV = model.logits(y_BSH[:, -1])[:, :vocab].double().cpu()
         probabilities_BV = logits_BV.softmax(-1)
         likeliest = probabilities_BV.sort(dim=-1, descending=True, stable=True)
         tokens_B = pick(logits_BV, *choice, generator)

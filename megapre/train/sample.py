@@ -64,7 +64,15 @@ def run(
         if number:
             _write("-" * 80 + "\n")
         steps = generate(
-            model, torch.tensor(ids), max_new_tokens, temperature, top_k, top_p, seed + number, tokenizer.eos_id
+            model,
+            torch.tensor(ids),
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            seed + number,
+            tokenizer.eos_id,
+            vocab=tokenizer.vocab_size,
         )
         texts.append(prompt + _stream(prompt, steps, tokenizer, explain))
     return texts
@@ -96,11 +104,25 @@ class Utf8Stream:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
-        return self.decoder.decode(self.tokenizer.token_bytes(token))
+        """The text that `token` completes: none where it is an id that the tokenizer leaves out."""
+        return self.decoder.decode(_bytes(self.tokenizer, token) or b"")
 
     def end(self) -> str:
         """What was left of an unfinished character."""
         return self.decoder.decode(b"", final=True)
+
+
+def _bytes(tokenizer: Tokenizer, token: int) -> bytes | None:
+    """The bytes of a token; None for a hole in the tokenizer's ids, which an untrained model may well choose."""
+    try:
+        return tokenizer.token_bytes(token)
+    except IndexError:
+        return None
+
+
+def _shown(tokenizer: Tokenizer, token: int) -> str:
+    found = _bytes(tokenizer, token)
+    return f"<{token}>" if found is None else repr(found.decode("utf-8", errors="backslashreplace"))
 
 
 def _beginning(tokenizer: Tokenizer) -> list[int]:
@@ -123,9 +145,8 @@ def _explain(step: Step, tokenizer: Tokenizer) -> None:
     chosen = int(step.tokens_B[0])
     table = Table("token", "text", "probability", title_justify="left")
     for token, probability in zip(step.likeliest_BC[0].tolist(), step.probabilities_BC[0].tolist(), strict=True):
-        text = tokenizer.token_bytes(token).decode("utf-8", errors="backslashreplace")
-        table.add_row(str(token), repr(text), f"{probability:.4f}", style="bold" if token == chosen else "")
+        text = _shown(tokenizer, token)
+        table.add_row(str(token), text, f"{probability:.4f}", style="bold" if token == chosen else "")
     if chosen not in step.likeliest_BC[0].tolist():
-        text = tokenizer.token_bytes(chosen).decode("utf-8", errors="backslashreplace")
-        table.add_row(str(chosen), repr(text), "not among them", style="bold")
+        table.add_row(str(chosen), _shown(tokenizer, chosen), "not among them", style="bold")
     Console().print("\n", table)

@@ -190,3 +190,16 @@ def test_extreme_logits_do_not_break_the_choice():
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e30, -1e30, -1e30]], dtype=torch.float64)
     drawn = pick(logits, 1e-3, 0, 0.9, torch.Generator().manual_seed(1))
     assert drawn[0] == 0 and 0 <= drawn[1] <= 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_ids_that_the_tokenizer_lacks_do_not_exist(build, tokens, temperature):
+    model = sharpen(build("llama"))
+    x = tokens(2, 4)
+    steps = list(generate(model, x, 20, temperature=temperature, vocab=30))
+    assert all(int(step.tokens_B.max()) < 30 and int(step.likeliest_BC.max()) < 30 for step in steps)
+    with torch.no_grad():
+        odds = model(x)[:, -1, :30].double().softmax(-1)
+    assert_close(steps[0].probabilities_BC, odds.topk(10).values.float(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ModelError, match="no token"):
+        generate(model, x, 1, vocab=0)
