@@ -69,6 +69,6 @@ def test_impossible_requests_are_named(device: str) -> None:
         with pytest.raises(ValueError, match="last dim is 7"):
             getattr(ops, name)(torch.zeros(2, 7, device=device))
     for row in kernels.table(device):
-        if row.op == "gelu":
+        if row.op == "gelu" and row.available:
             with pytest.raises(ValueError, match="approximate is 'erf'"):
                 kernels.choose(device, {"gelu": row.implementation}).gelu(torch.zeros(2), approximate="erf")
