@@ -3,7 +3,7 @@
 checkpoints/step_00000100/
     manifest.json      step, position in the data, and size and SHA-256 of every other file
     .metadata          torch.distributed.checkpoint's index
-    __0_0.distcp       tensors: model.*, master.*, exp_avg.*, exp_avg_sq.*, optim.updates, rng.*
+    __0_0.distcp       tensors: model.*, master.*, exp_avg.*, exp_avg_sq.*, optim.updates
 """
 
 from .commit import CheckpointError as CheckpointError

@@ -1,14 +1,14 @@
 """What a checkpoint of a training run holds, by parameter name and free of any layout.
 
 Vocabulary matrices are padded to a multiple of 128 rows in memory; a checkpoint holds the true rows. An fp32 run has no
-separate master weights, so none are written.
+separate master weights, so none are written. Training draws no random numbers after its weights are initialized, so
+there is no generator's state to keep, and a run can go on on another kind of device.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from megapre.model.state import export_state, true_rows
@@ -35,17 +35,3 @@ def training_tensors(model: Transformer, flat: FlatParameters, optimizer: AdamW)
             for name, slot in group.slots.items():
                 tensors[f"{kind}.{name}"] = true_rows(name, slot.view(buffer), model.cfg)
     return tensors
-
-
-def rng_tensors(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's generators: the CPU's and, on a GPU, that device's."""
-    tensors = {"rng.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
-    return tensors
-
-
-def set_rng(tensors: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(tensors["rng.cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["rng.cuda"], device)

@@ -7,6 +7,7 @@ not depend on the tokenizer.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Iterable
@@ -18,12 +19,12 @@ import torch
 
 from megapre import checkpoint
 from megapre.checkpoint.state import model_tensors
-from megapre.data import GPTDataset, GPTIndex, IndexedDataset, Loader, read_sidecar, split_ranges
+from megapre.data import DataError, GPTDataset, GPTIndex, IndexedDataset, Loader, read_sidecar, split_ranges
 from megapre.data.gpt_index import build_sample_index
 
 from . import machine
-from .folder import RunFolderError, open_run
-from .step import Engine, build_model, inputs
+from .folder import TOKENIZERS, RunFolderError, open_run
+from .step import Engine, build_model, check_tokens, inputs
 
 if TYPE_CHECKING:
     from megapre.config import Config, Source
@@ -50,9 +51,13 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def mean_loss(model: Transformer, batches: Iterable[GlobalBatch], device: torch.device) -> Validation:
-    """Mean loss over all valid tokens of `batches`; the host waits for the device once, at the end."""
+    """Mean loss over all valid tokens of `batches`; the host waits for the device once, at the end.
+
+    Raises DataError for a token outside the model's vocabulary.
+    """
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch in batches:
+        check_tokens(batch, model.cfg.vocab)
         for part in batch.micro_batches:
             total += model.loss(*inputs(part, device))
         tokens += batch.valid_tokens
@@ -76,9 +81,12 @@ def run(run_dir: str | Path, data: str = "", batches: int = 0, device: str = "au
     cfg = open_run(path)
     cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"device": device})})
     place = machine.prepare(cfg.run)
+    chosen = _chosen(cfg, data)
+    for prefix, _ in chosen:
+        _same_tokenizer(path, prefix)
     model, manifest = load_model(path, cfg, place)
     rows = []
-    for prefix, documents in _chosen(cfg, data):
+    for prefix, documents in chosen:
         samples = in_order(prefix, documents, cfg)
         found = mean_loss(model, _batches(samples, cfg, batches), place)
         rows.append(_evaluation(prefix, found))
@@ -146,6 +154,21 @@ def _chosen(cfg: Config, data: str) -> list[tuple[str, tuple[int, int] | None]]:
     sources: list[Source] = [*cfg.data.train, *(source for stage in cfg.data.stages for source in stage.train)]
     prefixes = dict.fromkeys(source.prefix for source in sources)
     return [(prefix, split_ranges(cfg.data.split, len(IndexedDataset(prefix)))["valid"]) for prefix in prefixes]
+
+
+def _same_tokenizer(run_dir: Path, prefix: str) -> None:
+    """Raises DataError where both the run and the dataset name their tokenizer, and it is not the same one."""
+    sidecar = read_sidecar(prefix)
+    file = next((file for name in TOKENIZERS if (file := run_dir / name).is_file()), None)
+    if sidecar is None or file is None:
+        return
+    own = hashlib.sha256(file.read_bytes()).hexdigest()
+    if own != sidecar.tokenizer_sha256:
+        raise DataError(
+            f"{prefix} was tokenized with another tokenizer than the run {run_dir} (sha256 "
+            f"{sidecar.tokenizer_sha256[:12]} and {own[:12]}): its ids mean other text to this model; tokenize the "
+            f"text anew with {file}"
+        )
 
 
 def _evaluation(prefix: str, found: Validation) -> Evaluation:

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from megapre import checkpoint
-from megapre.checkpoint.state import rng_tensors, set_rng, training_tensors
+from megapre.checkpoint.state import training_tensors
+from megapre.data import DataError
+from megapre.data.order import compare_order, order_facts
 from megapre.errors import UserError
 
-from .folder import config_hash, open_run
+from .folder import open_run
 from .metrics import bytes_text, duration_text
 
 if TYPE_CHECKING:
@@ -40,21 +42,26 @@ class Progress:
 class Saver:
     def __init__(self, engine: Engine, folder: RunFolder, screen: Screen) -> None:
         self.engine, self.folder, self.screen = engine, folder, screen
+        self.order = order_facts(engine.cfg)  # of the data that the run began with, whatever becomes of the files
         self.saved_step: int | None = None
 
     def save(self, progress: Progress) -> bool:
         """Commits a checkpoint and removes the oldest beyond `checkpoint.keep`. A failure is reported, not raised."""
         begin = time.perf_counter()
         engine, cfg = self.engine, self.engine.cfg
-        tensors = training_tensors(engine.model, engine.flat, engine.optimizer) | rng_tensors(engine.device)
-        facts = asdict(progress) | {"config_sha256": config_hash(cfg)}
+        tensors = training_tensors(engine.model, engine.flat, engine.optimizer)
         try:
+            facts = asdict(progress) | {"data": self.order}
             path = checkpoint.save(self.folder.checkpoints, progress.step, tensors, facts)
-            removed = checkpoint.retain(self.folder.checkpoints, cfg.checkpoint.keep)
         except (checkpoint.CheckpointError, OSError) as error:
             self.screen.say(f"checkpoint failed, training goes on: {error}")
             return False
         self.saved_step = progress.step
+        try:
+            removed = checkpoint.retain(self.folder.checkpoints, cfg.checkpoint.keep, whole=path)
+        except OSError as error:
+            removed = []
+            self.screen.say(f"older checkpoints could not be removed: {error}")
         size = bytes_text(sum(file.stat().st_size for file in path.iterdir()))
         gone = f", removed {', '.join(p.name for p in removed)}" if removed else ""
         self.screen.say(f"saved {path} ({size}, {duration_text(time.perf_counter() - begin)}{gone})")
@@ -64,7 +71,8 @@ class Saver:
         """Loads the newest whole checkpoint into the engine and cuts metrics.jsonl back to it.
 
         A run without any checkpoint begins at its first step. Raises ResumeError where the config now describes another
-        model, and CheckpointError where there are checkpoints but none is whole.
+        model, or data or steps with which the samples would be others or come in another order, and
+        CheckpointError where there are checkpoints but none is whole.
         """
         engine = self.engine
         self._compare_configs(engine.cfg)
@@ -73,11 +81,12 @@ class Saver:
             self.screen.say(f"{self.folder.path} holds no checkpoint yet: beginning at step 1")
             self.folder.cut_metrics(0)
             return Progress()
-        rng = rng_tensors(engine.device)
-        tensors = training_tensors(engine.model, engine.flat, engine.optimizer) | rng
-        checkpoint.load(manifest, tensors)
-        set_rng(rng, engine.device)
         facts = manifest.facts
+        try:
+            compare_order(facts["data"], engine.cfg)
+        except DataError as error:
+            raise ResumeError(f"the run {self.folder.path} cannot go on: {error}") from error
+        checkpoint.load(manifest, training_tensors(engine.model, engine.flat, engine.optimizer))
         progress = Progress(facts["step"], facts["consumed_samples"], facts["skipped_steps"])
         self.folder.cut_metrics(progress.step)
         self.saved_step = progress.step

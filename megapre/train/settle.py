@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megapre.data import DataError, IndexedDataset, sidecar_of, tokenizer_path
+from megapre.data import DataError, IndexedDataset, read_sidecar, sidecar_of, tokenizer_path
 from megapre.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,8 +47,24 @@ def settle(cfg: Config) -> tuple[Config, Path | None]:
         )
     if cfg.data.tokenizer:
         return cfg, Path(cfg.data.tokenizer)
-    named = (tokenizer_path(prefix) for prefix in prefixes)
-    return cfg, next((path for path in named if path is not None and path.is_file()), None)
+    return cfg, next((path for prefix in prefixes if (path := _named_tokenizer(prefix)) is not None), None)
+
+
+def _named_tokenizer(prefix: str) -> Path | None:
+    """The tokenizer file that a dataset's sidecar names; None where it names none or the file is gone.
+
+    Raises DataError where the file is not the one that the dataset was made with.
+    """
+    path, sidecar = tokenizer_path(prefix), read_sidecar(prefix)
+    if path is None or sidecar is None or not path.is_file():
+        return None
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sidecar.tokenizer_sha256:
+        raise DataError(
+            f"{path} is not the tokenizer that {prefix} was made with (sha256 {found[:12]} and "
+            f"{sidecar.tokenizer_sha256[:12]}); put the right one there or name it as data.tokenizer"
+        )
+    return path
 
 
 def refuse_layout(cfg: Config) -> None:

@@ -55,11 +55,9 @@ class WholeModel:
     def feed(self, batch: GlobalBatch) -> None:
         """Takes the next step's micro-batches, sets the scale of every backward and starts the step's loss at zero.
 
-        Raises DataError for a token outside the vocabulary, which a device would answer with a crash or worse.
+        Raises DataError for a token outside the vocabulary.
         """
-        highest = max(int(part.tokens.max()) for part in batch.micro_batches)
-        if highest >= self.vocab:
-            raise DataError(f"the data holds token {highest}, the model knows 0 .. {self.vocab - 1}: set model.vocab")
+        check_tokens(batch, self.vocab)
         self.micro_batches = batch.micro_batches
         self.per_token.fill_(1.0 / max(batch.valid_tokens, 1))
         self.total.zero_()
@@ -108,6 +106,17 @@ def build_model(cfg: Config, device: torch.device) -> Transformer:
     """The model over the kernels of `device`, its weights not yet set. Raises KernelUnavailable."""
     ops = kernels.choose(device.type, cfg.kernels)
     return Transformer(cfg.model, ops, dtype=DTYPES[cfg.run.dtype], device=device)
+
+
+def check_tokens(batch: GlobalBatch, vocab: int) -> None:
+    """Raises DataError for a token outside the vocabulary, which a device would answer with a crash or worse."""
+    for part in batch.micro_batches:
+        low, high = (int(end) for end in part.tokens.aminmax())
+        if low < 0 or high >= vocab:
+            raise DataError(
+                f"the data holds token {low if low < 0 else high}, the model knows 0 .. {vocab - 1}: the data is "
+                f"damaged, or made with another tokenizer, or model.vocab = {vocab} is too small for it"
+            )
 
 
 def inputs(micro_batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

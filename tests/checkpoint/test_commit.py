@@ -25,7 +25,7 @@ def tensors(step: int) -> dict[str, Tensor]:
         "model.embed.weight": flat[100:4100].view(80, 50)[:77],
         "exp_avg.embed.weight": torch.randn(77, 50, generator=generator).to(torch.bfloat16),
         "optim.updates": torch.tensor(float(step)),
-        "rng.cpu": torch.Generator().manual_seed(step).get_state(),
+        "bytes": torch.randint(256, (99,), dtype=torch.uint8, generator=generator),
     }
 
 
