@@ -1,8 +1,9 @@
 """From the data section of a run to its samples: which files, which documents of them, in which proportions.
 
-Sources without weights are blended exhaustively: each of their samples once before any comes again. Sources with
-weights are blended by these. Stages change the blend at given numbers of consumed tokens; a source that several stages
-name goes on where the stage before left it, so that no sample repeats before its epoch is over.
+Sources without weights are blended exhaustively: each of their samples once an epoch, where several epochs
+are shuffled together as Megatron does: a sample may come again before all others came. Sources with weights are
+blended by these. Stages change the blend at given numbers of consumed tokens; a source that several stages
+name goes on where the stage before left it, so that no stage begins it again.
 """
 
 import hashlib
@@ -52,10 +53,11 @@ class Reading:
         low, high = split_ranges(self.split, len(dataset))[self.part]
         tokens = int(dataset.lengths[low:high].sum(dtype=np.int64))
         if tokens <= self.seq_length:
+            one = "" if len(dataset) > 1 else "; `megapre tokenize --separator` cuts a .txt file into documents"
             raise DataError(
                 f'{dataset.prefix}: the {self.part} part of split "{self.split}" has {high - low:,} of '
                 f"{len(dataset):,} documents with {tokens:,} tokens, but one sample takes seq_length + 1 = "
-                f"{self.seq_length + 1:,}; change data.split, shorten batch.seq_length, or add text"
+                f"{self.seq_length + 1:,}; change data.split, shorten batch.seq_length, or add text{one}"
             )
         return low, high
 

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -28,6 +29,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 from .workers import encode_in_order
 
 JOINED = "joined"  # the dataset in the folder of shards, before it gets its name
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}  # of a separator
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 AnyPath = str | os.PathLike[str]
 
@@ -61,7 +63,8 @@ def run(
     `inputs`: .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, folders of them, or patterns; `json_key` the field
     or column that holds the text; `workers` processes, 0 for one a core; `append_eos` end every document that is not
     empty with the end-of-document token; `on_error` "fail" at the first bad document, or "skip" and count; `separator`
-    what stands between the documents of a .txt file, which otherwise is one document.
+    what stands between the documents of a .txt file, which otherwise is one document; a backslash and n, t or r in it
+    are a line's end, a tab and a carriage return.
     The same inputs and options as those of an existing dataset leave it as it is. Raises DataError on bad input, on a
     full disk, and where a dataset of this name was made from something else; nothing appears under the final name then.
     """
@@ -70,6 +73,8 @@ def run(
     if separator == "" or workers < 0:
         raise DataError(f"separator {separator!r} and workers {workers}: neither may be empty or negative")
     started = time.monotonic()
+    if separator is not None:  # a shell passes '\n' on as two characters
+        separator = re.sub(r"\\([ntr])", lambda found: ESCAPES[found[1]], separator)
     files = expand([inputs] if isinstance(inputs, str | os.PathLike) else inputs)
     loaded = load_tokenizer(tokenizer)
     if append_eos and loaded.eos_id is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from .errors import DataError
 from .progress import Progress
 from .shards import Manifest, Options, Shard, Stopped, encode
-from .tokenizer import load_tokenizer
+from .tokenizer import Tokenizer, load_tokenizer
 
 
 def encode_in_order(
@@ -90,12 +90,18 @@ def _work(
             raise Stopped
 
     try:
-        loaded = load_tokenizer(tokenizer)
+        loaded: Tokenizer | None = None
         while True:
             shard: Shard = pipe.recv()
             try:
-                pipe.send(encode(shard, folder, options, loaded, report))
-            except (OSError, ValueError) as error:  # DataError is a ValueError
-                pipe.send(error)
+                loaded = loaded or load_tokenizer(tokenizer)
+                outcome: Manifest | Exception = encode(shard, folder, options, loaded, report)
+            except Stopped:
+                raise
+            except (OSError, DataError) as error:
+                outcome = error
+            except Exception as error:  # of any other type: it may not survive the pipe, its text does
+                outcome = DataError(f"{shard.parts[0].path}: {type(error).__name__}: {error}")
+            pipe.send(outcome)
     except (EOFError, ConnectionError, Stopped):
         pass

@@ -83,7 +83,8 @@ class Saver:
             return Progress()
         facts = manifest.facts
         try:
-            compare_order(facts["data"], engine.cfg)
+            if "data" in facts:  # absent from the checkpoints of early versions
+                compare_order(facts["data"], engine.cfg)
         except DataError as error:
             raise ResumeError(f"the run {self.folder.path} cannot go on: {error}") from error
         checkpoint.load(manifest, training_tensors(engine.model, engine.flat, engine.optimizer))

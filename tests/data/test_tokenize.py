@@ -103,6 +103,11 @@ class TestReading:
         wanted = [(text or " ").strip("\n") for text in TEXTS]
         assert tokens_of(cut.prefix) == [[*tokenizer.encode(text), tokenizer.eos_id] for text in wanted]
 
+    def test_a_separator_from_a_shell_may_name_line_ends(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
+        (tmp_path / "x.txt").write_text("the cat\n\nthe dog\non a mat")
+        cut = run([tmp_path / "x.txt"], tmp_path / "out", tokenizer.path, workers=1, progress=False, separator=r"\n\n")
+        assert cut.documents == 2
+
     def test_no_eos_and_another_key(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
         (tmp_path / "x.jsonl").write_bytes(jsonl(TEXTS[:1], "body"))
         arguments = {"json_key": "body", "append_eos": False, "workers": 1, "progress": False}
