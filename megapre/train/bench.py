@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+from contextlib import closing
 from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from .settle import data_prefixes, refuse_layout, settle
 from .step import Engine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from megapre.config import Config
 
@@ -38,19 +39,21 @@ def step(cfg: Config, steps: int = 10, warmup: int = 3, json_path: str | Path | 
     Keys: step_s p20, p50, p80 (seconds), tokens_per_s (at the median), mfu (fraction or null), peak_memory_bytes.
     """
     device = machine.prepare(cfg.run)
+    longer = cfg.run.model_copy(update={"steps": max(cfg.run.steps, warmup + steps)})  # data enough for all of them
+    cfg = cfg.model_copy(update={"run": longer})
     real = bool(data_prefixes(cfg)) and all(Path(f"{prefix}.idx").exists() for prefix in data_prefixes(cfg))
     if real:
         cfg, _ = settle(cfg)
     else:
         refuse_layout(cfg)
         cfg = cfg if cfg.model.vocab else cfg.with_vocab(VOCAB)
-    batches = iter(build_loader(cfg, "train")) if real else made_up(cfg)
     engine = Engine(cfg, device)
     marks = []
-    for number in range(1, warmup + steps + 1):
-        begin = machine.now(device)
-        result = engine.step(next(batches), lr_at(number, cfg.optim, cfg.run.steps))
-        marks.append((begin, machine.now(device)))
+    with closing(build_loader(cfg, "train") if real else made_up(cfg)) as batches:
+        for number in range(1, warmup + steps + 1):
+            begin = machine.now(device)
+            result = engine.step(next(batches), lr_at(number, cfg.optim, cfg.run.steps))
+            marks.append((begin, machine.now(device)))
     loss = float(result.loss)
     times = [machine.seconds(*mark) for mark in marks[warmup:]]
     p20, p50, p80 = percentiles(times)
@@ -90,7 +93,7 @@ def step(cfg: Config, steps: int = 10, warmup: int = 3, json_path: str | Path | 
     return found
 
 
-def made_up(cfg: Config) -> Iterator[GlobalBatch]:
+def made_up(cfg: Config) -> Generator[GlobalBatch]:
     """Endless batches of uniform tokens; eight different ones, made once, so that making them is not timed."""
     generator = torch.Generator().manual_seed(cfg.data.seed)
     shape = (8, cfg.batch.micro_batches(dp=1), cfg.batch.micro, cfg.batch.seq_length + 1)

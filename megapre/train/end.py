@@ -23,6 +23,9 @@ def conclude(folder: RunFolder, screen: Screen, plan: Plan, before: int) -> None
     """
     records = read_metrics(folder.path)
     steps = [r for r in records if "loss" in r]
+    if not steps:
+        screen.say(f"done; {folder.metrics} holds no step to sum up")
+        return
     valid = [r["valid_loss"] for r in records if "valid_loss" in r]
     speed = median(r["tokens_per_s"] for r in steps[len(steps) // 10 :])
     memory = max(r["memory_bytes"] for r in steps) - before
@@ -50,3 +53,5 @@ def conclude(folder: RunFolder, screen: Screen, plan: Plan, before: int) -> None
         screen.say(f"loss curve: {loss_curve(folder.path, plan.cfg.model.vocab, plan.cfg.name)}")
     except ImportError:
         screen.say("no loss.png: matplotlib is not installed; pip install 'megapre[observe]'")
+    except Exception as error:  # a font, a cache folder, a full disk: the run itself is done
+        screen.say(f"no loss.png: {error}")

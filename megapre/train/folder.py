@@ -5,14 +5,14 @@
         plan.json            what was predicted before step 1
         summary.json         what was measured, beside it (written at the end)
         metrics.jsonl        one object a step, one a validation
-        tokenizer.json       copy of the tokenizer (or tokenizer.model)
+        tokenizer.json       copy of the tokenizer (or tokenizer.model), with its tokenizer_config.json if there is one
         checkpoints/         step_00000100/ ...
         logs/rank0.log       what was printed
         tensorboard/         events
         loss.png             the loss curve (written at the end)
 
 One process owns a run folder at a time: it holds a lock on `.lock`, which the kernel frees when the process ends,
-however it ends. A new folder whose run fails before its first step is removed again.
+however it ends. A new folder whose run ends before its first step is removed again.
 """
 
 from __future__ import annotations
@@ -47,30 +47,52 @@ class RunFolder:
         self.path = path
         self._lock: IO[str] | None = None
         self._resumed = resume
-        used = path.exists() and (not path.is_dir() or any(p.name != ".lock" for p in path.iterdir()))
-        if used and not resume:
-            raise RunFolderError(
-                f"run folder {path} exists already; continue that run with --resume, or choose another name=... or "
-                f"run.dir=..., or delete the folder"
-            )
+        self._new = False
+        self.stepped = False  # set when the first step has been made: from then on the folder stays
+        self._refuse_used()
 
     def __enter__(self) -> Self:
         try:
-            for sub in (self.path, self.checkpoints, self.path / "logs"):
-                sub.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise RunFolderError(f"run folder {self.path} cannot be written: {error.strerror or error}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take(self._lock)
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def _take(self, lock: IO[str]) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it may have removed the folder with this file, or have trained in it, since we looked.
+            if not os.path.samestat(os.fstat(lock.fileno()), (self.path / ".lock").stat()):
+                raise FileNotFoundError("the lock was replaced")
         except OSError as error:
             raise RunFolderError(f"run folder {self.path} is in use by another process") from error
-        return self
+        self._new = not self._refuse_used()
+        try:
+            for sub in (self.checkpoints, self.path / "logs"):
+                sub.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"run folder {self.path} cannot be written: {error.strerror or error}") from error
+
+    def _refuse_used(self) -> bool:
+        """Whether there is a run in the folder. Raises RunFolderError if so and it is not to be resumed."""
+        path = self.path
+        used = path.exists() and (not path.is_dir() or any(p.name != ".lock" for p in path.iterdir()))
+        if used and not self._resumed:
+            raise RunFolderError(
+                f"run folder {path} exists already; continue that run with --resume, or choose another name=... or "
+                f"run.dir=..., or delete the folder"
+            )
+        return used
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         assert self._lock is not None, "left before it was entered"
-        stepped = self.metrics.exists() and self.metrics.stat().st_size > 0
-        if error is not None and not self._resumed and not stepped:
+        if self._new and not self.stepped:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
@@ -92,6 +114,9 @@ class RunFolder:
         self.write_json("plan.json", plan)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, self.path / f"tokenizer{tokenizer.suffix}")
+            config = tokenizer.with_name(f"{tokenizer.stem}_config.json")
+            if config.is_file():  # may be all that names the end of a document
+                shutil.copyfile(config, self.path / "tokenizer_config.json")
 
     def _write_config(self, cfg: Config) -> None:
         """Writes config.toml. A different one that is there, from before a resume, is kept as config.1.toml, ..."""

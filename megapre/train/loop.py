@@ -34,33 +34,73 @@ def run(cfg: Config, resume: bool = False) -> int:
     """Trains `cfg` in the run folder `cfg.run.dir`/`cfg.name`; with `resume` goes on from its newest whole checkpoint.
 
     Returns the exit code: 0 done, 1 diverged or not saved at the end, 75 (SIGTERM) or 130 (Ctrl-C) stopped after
-    saving. Raises UserError subclasses for what the user can mend, before anything is left behind.
+    saving, or before there was anything to save. An error within the steps is raised again once the last finished step
+    is saved. Raises UserError subclasses for what the user can mend, before anything is left behind.
     """
     folder = RunFolder(Path(cfg.run.dir) / cfg.name, resume)
     device = machine.prepare(cfg.run)
     cfg, tokenizer = settle(cfg)
-    with folder, Screen(folder.log) as screen:
+    with StopRequest() as stop, folder, Screen(folder.log) as screen:
         plan = plan_of(cfg, device)
         before = machine.peak_memory(device)
         engine = Engine(cfg, device)
         saver = Saver(engine, folder, screen)
         progress = saver.restore() if resume else Progress()
+        first = progress.step
         loader = build_loader(cfg, "train", consumed_samples=progress.consumed_samples)
         valid = build_loader(cfg, "valid") if cfg.run.eval_every else None
         folder.begin(cfg, plan.as_json(), tokenizer)
         screen.say(box(plan, engine.ops.names, str(folder.path)))
-        with StopRequest() as stop, Report(cfg, device, folder, screen, plan, progress) as report:
+        with loader, Report(cfg, device, folder, screen, plan, progress) as report:
             try:
                 train(engine, loader, valid, progress, report, saver, stop)
             except Diverged as error:
                 screen.say(f"megapre: stopped: {error}")
+                keep_diverged(engine, progress, saver, screen)
                 return 1
-            saved = saver.saved_step == progress.step or saver.save(progress)
-        if stop.signal is not None:
-            screen.say(f"stopped by {stop.signal.name} after step {progress.step}; go on with --resume")
-            return EXIT_CODES[stop.signal]
-        conclude(folder, screen, plan, before)
-        return 0 if saved else 1
+            except Exception:
+                rescue(progress, report, saver, screen)
+                raise
+        stopped = stop.signal if progress.step < cfg.run.steps else None
+        if stopped is not None and progress.step == first:
+            screen.say(f"stopped by {stopped.name} before a step was made")
+            return EXIT_CODES[stopped]
+        saved = saver.saved_step == progress.step or saver.save(progress)
+        if stopped is None:
+            conclude(folder, screen, plan, before)
+            return 0 if saved else 1
+        if saved:
+            screen.say(f"stopped by {stopped.name} after step {progress.step}; go on with --resume")
+            return EXIT_CODES[stopped]
+        last = "begins anew" if saver.saved_step is None else f"goes back to step {saver.saved_step}"
+        screen.say(
+            f"stopped by {stopped.name} after step {progress.step}, but that state could not be saved: --resume {last}"
+        )
+        return 1
+
+
+def keep_diverged(engine: Engine, progress: Progress, saver: Saver, screen: Screen) -> None:
+    """Saves the weights of a run that has diverged, if they are whole: skipped updates leave them as they were."""
+    if not all(bool(parameter.isfinite().all()) for parameter in engine.model.parameters()):
+        screen.say("the weights themselves are not finite: not saved")
+    elif saver.saved_step != progress.step:
+        saver.save(progress)
+
+
+def rescue(progress: Progress, report: Report, saver: Saver, screen: Screen) -> None:
+    """Writes out and saves what the finished steps of a run have made before an error ends it.
+
+    What fails here as well, as after a device error, is told and does not hide the first error.
+    """
+    try:
+        report.flush()
+    except Exception as error:
+        screen.say(f"the last steps could not be reported: {error}")
+    try:
+        if progress.step > (saver.saved_step or 0):
+            saver.save(progress)
+    except Exception as error:
+        screen.say(f"step {progress.step} could not be saved: {error}")
 
 
 def train(

@@ -163,21 +163,37 @@ class Journal:
         self.file: IO[str] = metrics.open("a", encoding="utf-8")
         self.tensorboard, self.warn, self.purge_step = tensorboard, warn, purge_step
         self.events: Any = None
+        self.warned = False
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        """Writes one object. A failure is reported once, not raised: the run is worth more than its record."""
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+            self._write_events(record)
+        except OSError as error:
+            self._warn_once(error)
+
+    def close(self) -> None:
+        for file in (self.file, self.events):
+            try:
+                if file is not None:
+                    file.close()
+            except OSError as error:
+                self._warn_once(error)
+
+    def _warn_once(self, error: OSError) -> None:
+        if not self.warned:
+            self.warned = True
+            self.warn(f"megapre: {self.file.name} cannot be written, training goes on: {error}")
+
+    def _write_events(self, record: dict[str, Any]) -> None:
         if self.tensorboard is not None and self.events is None:
             self._open_events(self.tensorboard)
         if self.events is not None:
             for name, value in record.items():
                 if name not in ("step", "consumed_samples", "valid_tokens") and value is not None:
                     self.events.add_scalar(name, value, record["step"])
-
-    def close(self) -> None:
-        self.file.close()
-        if self.events is not None:
-            self.events.close()
 
     def _open_events(self, folder: Path) -> None:
         try:

@@ -28,7 +28,9 @@ class Diverged(RuntimeError):
 
 
 class Report:
-    """Collects timed steps, and every `run.log_every` steps writes them out."""
+    """Collects timed steps and writes them out: to the journal at least every SKIPS_IN_ROW steps, so that divergence
+    is seen soon however rarely the run logs, to the screen when asked to.
+    """
 
     def __init__(
         self,
@@ -39,12 +41,14 @@ class Report:
         plan: Plan,
         progress: Progress,
     ) -> None:
-        self.cfg, self.screen, self.progress = cfg, screen, progress
+        self.cfg, self.folder, self.screen, self.progress = cfg, folder, screen, progress
         self.meter = Meter(device, cfg.batch.global_, cfg.batch.seq_length, plan.mfu, progress.skipped_steps)
         earlier = [r["loss"] for r in read_metrics(folder.path) if r.get("loss") is not None]
         self.line = StepLine(cfg.run.steps, device, earlier)
         events = folder.path / "tensorboard" if cfg.run.tensorboard else None
         self.journal = Journal(folder.metrics, events, screen.say, purge_step=progress.step + 1)
+        self.newest = ""  # line of the newest step that the journal has and the screen does not
+        self.updated = progress.step  # the last step that changed the weights
         self.skips_in_row = 0
 
     def __enter__(self) -> Self:
@@ -56,20 +60,29 @@ class Report:
         self.journal.close()
 
     def add(self, step: Timed) -> None:
+        """Takes the step that `progress` has just counted. Raises Diverged."""
+        self.folder.stepped = True
         self.meter.add(step)
         self.screen.advance(step.step)
+        if len(self.meter.waiting) >= SKIPS_IN_ROW:
+            self._watch(self._record())
 
     def flush(self) -> None:
         """Writes out every step that has gathered; the newest gets the step line. Raises Diverged."""
+        records = self._record()
+        if self.newest:
+            self.screen.say(self.newest)
+            self.newest = ""
+        self._watch(records)
+
+    def _record(self) -> list[Record]:
+        """Moves what has gathered into the journal, all of it before anything is made of it."""
         records = self.meter.collect(self.progress.consumed_samples)
-        for record in records:
-            line = self.line.see(record)
-            if record is records[-1]:
-                self.screen.say(line)
-        for record in records:
-            self.journal.write(record.as_json())
-            self._watch(record)
         self.progress.skipped_steps = self.meter.skipped_steps
+        for record in records:
+            self.newest = self.line.see(record)
+            self.journal.write(record.as_json())
+        return records
 
     def validation(self, found: Validation) -> None:
         step, samples = self.progress.step, self.progress.consumed_samples
@@ -88,17 +101,22 @@ class Report:
             }
         )
 
-    def _watch(self, record: Record) -> None:
-        self.skips_in_row = self.skips_in_row + 1 if record.skipped else 0
-        if record.skipped:
+    def _watch(self, records: list[Record]) -> None:
+        lost = 0
+        for record in records:
+            if not record.skipped:
+                self.updated, self.skips_in_row = record.step, 0
+                continue
+            self.skips_in_row += 1
             self.screen.say(
                 f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}: update skipped, "
                 f"{record.skipped_steps} so far; {self.skips_in_row} in a row, the run stops at {SKIPS_IN_ROW}"
             )
-        if self.skips_in_row >= SKIPS_IN_ROW:
-            good = record.step - SKIPS_IN_ROW
+            if self.skips_in_row == SKIPS_IN_ROW:
+                lost = record.step
+        if lost:
             raise Diverged(
-                f"loss or gradient norm was not finite in {SKIPS_IN_ROW} steps in a row, {good + 1} to {record.step}. "
-                f"Their updates were skipped: the weights are those of step {good}. Usual ways out: a lower optim.lr, "
-                f"a longer optim.warmup_steps, optim.clip > 0, other data"
+                f"loss or gradient norm was not finite in {SKIPS_IN_ROW} steps in a row, {lost - SKIPS_IN_ROW + 1} to "
+                f"{lost}. Their updates were skipped: the weights are as step {self.updated} left them. Usual ways "
+                f"out: a lower optim.lr, a longer optim.warmup_steps, optim.clip > 0, other data"
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
@@ -12,19 +14,24 @@ if TYPE_CHECKING:
 
 
 class Screen:
-    """Prints to standard output and appends to `log`. On a terminal a bar shows how far the run is."""
+    """Prints to standard output and appends to `log`. On a terminal a bar shows how far the run is.
+
+    Nothing that is said can end a run: where one of the two cannot be written any more, the other goes on.
+    """
 
     def __init__(self, log: Path) -> None:
         self._log: IO[str] = log.open("a", encoding="utf-8")
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._prints = self._logs = True
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.finish()
-        self._log.close()
+        with suppress(OSError):
+            self._log.close()
 
     def begin(self, done: int, steps: int) -> None:
         """Shows the bar, if there is a terminal to show it on."""
@@ -42,14 +49,35 @@ class Screen:
             self._bar.update(self._task, completed=done)
 
     def say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, flush=True)
-        self._log.write(text + "\n")
-        self._log.flush()
+        if self._prints:
+            self._print(text)
+        if not self._logs:
+            return
+        try:
+            self._log.write(text + "\n")
+            self._log.flush()
+        except OSError as error:
+            self._logs = False
+            if self._prints:
+                self._print(f"megapre: the log {self._log.name} cannot be written any more: {error}")
 
     def finish(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with suppress(OSError):
+                bar.stop()
+
+    def _print(self, text: str) -> None:
+        try:
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, flush=True)
+        except OSError:  # the pipe's reader has gone, the disk is full
+            self._prints = False
+            self.finish()
+            # What is left in the buffer would fail again when the interpreter exits, and spoil the exit code.
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, sys.stdout.fileno())
+                os.close(nowhere)
