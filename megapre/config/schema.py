@@ -185,7 +185,9 @@ class Source(Section):
     """One dataset of a blend. In TOML a plain string is a source without weight."""
 
     prefix: str = knob(description="path of PREFIX.bin and PREFIX.idx, without the ending", min_length=1)
-    weight: Real | None = knob(None, description="share in the blend, any scale; none on all = every sample once an epoch", gt=0)
+    weight: Real | None = knob(
+        None, description="share in the blend, any scale; none on all = every sample once an epoch", gt=0
+    )
 
     @model_validator(mode="before")
     @classmethod

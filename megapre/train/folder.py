@@ -18,7 +18,6 @@ however it ends. A new folder whose run ends before its first step is removed ag
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -163,11 +162,6 @@ def tokenizer_file(run: Path) -> Path:
         if (run / name).is_file():
             return run / name
     raise RunFolderError(f"run folder {run} holds no tokenizer ({' or '.join(TOKENIZERS)}): its data had none")
-
-
-def config_hash(cfg: Config) -> str:
-    """SHA-256 of the config's TOML text."""
-    return hashlib.sha256(to_toml(cfg).encode()).hexdigest()
 
 
 def write_whole(file: Path, text: str) -> None:

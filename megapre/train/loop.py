@@ -114,6 +114,7 @@ def train(
 ) -> None:
     """Steps until the last one or until asked to stop. `progress` is always that of the last finished step."""
     cfg, device = engine.cfg, engine.device
+    first = progress.step + 1
     while progress.step < cfg.run.steps and stop.signal is None:
         begin = machine.now(device)
         batch = next(loader)
@@ -124,7 +125,7 @@ def train(
         report.add(Timed(progress.step, lr, result, begin, machine.now(device)))
 
         last = progress.step == cfg.run.steps
-        if last or due(progress.step, cfg.run.log_every):
+        if last or progress.step == first or due(progress.step, cfg.run.log_every):
             report.flush()
         if valid is not None and (last or due(progress.step, cfg.run.eval_every)):
             report.flush()

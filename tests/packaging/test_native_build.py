@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the build files with an empty package."""
-    for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "megapre/__init__.py"):
+    for name in ("pyproject.toml", "README.md", "setup.py", "CMakeLists.txt", "megapre/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path

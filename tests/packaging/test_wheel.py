@@ -113,7 +113,7 @@ def test_runs_the_demo_recipe(python: Path, tmp_path: Path) -> None:
 def test_without_native_code_it_is_a_pure_wheel(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "megapre").mkdir(parents=True)
-    for name in ("pyproject.toml", "setup.py", "megapre/__init__.py"):
+    for name in ("pyproject.toml", "README.md", "setup.py", "megapre/__init__.py"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     run(
         *(sys.executable, "-m", "pip", "wheel", source, "--no-build-isolation", "--no-deps", "-w", tmp_path),
