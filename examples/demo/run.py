@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,8 @@ def main() -> int:
     if not TEXT.is_dir():
         print(f"demo: error: {TEXT} is not here; run this from the root of the repository", file=sys.stderr)
         return 2
+    # Ctrl-C reaches the command that runs as well. It may need its time to save, so this process waits for it.
+    signal.signal(signal.SIGINT, lambda *_: None)
     begin = time.monotonic()
     try:
         text_to_tokens()
@@ -37,8 +40,6 @@ def main() -> int:
         use()
     except subprocess.CalledProcessError as error:
         return stopped(error.returncode)
-    except KeyboardInterrupt:
-        return stopped(130)
     close(time.monotonic() - begin, trained)
     return 0
 

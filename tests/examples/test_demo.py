@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +69,24 @@ def test_demo_goes_on_with_a_run_that_was_stopped(small: Path) -> None:
     assert "--resume" in again.stdout
     steps = [json.loads(line)["step"] for line in (small / "runs/demo/metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == list(range(1, 9))
+
+
+def test_ctrl_c_lets_the_training_save(small: Path) -> None:
+    script = ROOT / "examples" / "demo" / "run.py"
+    running = subprocess.Popen(
+        [sys.executable, "-u", script, *TINY, "run.steps=100000", "run.log_every=1"],
+        cwd=small, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.startswith("step "):
+            break
+    os.killpg(running.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    rest = running.communicate(timeout=60)[0]
+    assert running.returncode == 130, rest
+    assert "go on with --resume" in rest
+    assert "demo: stopped (exit code 130). Run it again to go on" in rest
+    assert len(list((small / "runs/demo/checkpoints").glob("step_*"))) == 1
 
 
 def test_demo_stops_at_a_failing_command_with_its_exit_code(small: Path) -> None:
