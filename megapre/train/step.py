@@ -111,10 +111,10 @@ def build_model(cfg: Config, device: torch.device) -> Transformer:
 def check_tokens(batch: GlobalBatch, vocab: int) -> None:
     """Raises DataError for a token outside the vocabulary, which a device would answer with a crash or worse."""
     for part in batch.micro_batches:
-        low, high = (int(end) for end in part.tokens.aminmax())
-        if low < 0 or high >= vocab:
+        outside = (part.tokens < 0) | (part.tokens >= vocab)
+        if outside.any():
             raise DataError(
-                f"the data holds token {low if low < 0 else high}, the model knows 0 .. {vocab - 1}: the data is "
+                f"the data holds token {int(part.tokens[outside][0])}, the model knows 0 .. {vocab - 1}: the data is "
                 f"damaged, or made with another tokenizer, or model.vocab = {vocab} is too small for it"
             )
 
