@@ -7,6 +7,7 @@ a second of any of them          the process ends at once; nothing half-written 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from types import FrameType, TracebackType
@@ -36,4 +37,5 @@ class StopRequest:
         for other in EXIT_CODES:
             signal.signal(other, signal.SIG_DFL)
         message = f"\nmegapre: {self.signal.name}: finishing the step and saving; once more to stop at once\n"
-        os.write(2, message.encode())
+        with contextlib.suppress(OSError):  # a closed stderr must not turn the request into a crash
+            os.write(2, message.encode())
