@@ -83,8 +83,8 @@ def test_attention_obeys_the_rule(
         cuts = [0, *sorted(int(d * batch * keys) for d in documents), batch * keys]
         cu_seqlens = torch.tensor(cuts, dtype=torch.int32, device=device)
     mask = mask_by_loops(batch, queries, keys, causal, window, cuts).to(device)
-    # In fp32 the Triton kernel owes more than the rule: its exponentials are in base 2, which rounds scores and lse once
-    # more, by an ulp of |s| < 16. In 16 bits nothing is owed.
+    # In fp32 the Triton kernel owes more than the rule: its exponentials are in base 2, which rounds scores and lse
+    # once more, by an ulp of |s| < 16. In 16 bits nothing is owed.
     slack = 16 * torch.finfo(torch.float32).eps if "triton" in implementation and dtype == torch.float32 else 0.0
     twice(
         lambda q, k, v: op(q, k, v, causal, cu_seqlens, window, scale),
