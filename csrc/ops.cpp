@@ -6,6 +6,7 @@
 #include <torch/version.h>
 
 #include "cpu/level.h"
+#include "cpu/products.h"
 
 // setup.py passes torch.__version__ up to the "+": the header knows no 2.11.0a0 or 2.14.0.dev20260101.
 #ifndef MEGAPRE_TORCH_VERSION
@@ -33,6 +34,18 @@ TORCH_LIBRARY(megapre, m) {
   m.def(
       "cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor? dlosses, int ignore_index, float label_smoothing,"
       " float z_loss, int vocab) -> Tensor");
+
+  // The three products of a linear layer on matrices of bf16 or fp16; dweight and dbias may be fp32 and are added to
+  // where `accumulate`.
+  m.def("linear_(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias) -> ()");
+  m.def("linear_input_gradient_(Tensor(a!) dx, Tensor dy, Tensor weight) -> ()");
+  m.def(
+      "linear_weight_gradient_(Tensor(a!) dweight, Tensor(b!)? dbias, Tensor dy, Tensor x, bool accumulate) -> ()");
+
+  // Whether this CPU multiplies `dtype` by instructions of its own (bf16: AVX-512 bf16 or AMX).
+  m.def("has_products_of(ScalarType dtype) -> bool", [](c10::ScalarType dtype) {
+    return megapre::cpu::has_products_of(dtype);
+  });
 
   // "default", "avx2" or "avx512": the code path the ops run on this machine.
   m.def("cpu_level() -> str", []() -> std::string { return megapre::cpu::name(megapre::cpu::level()); });
