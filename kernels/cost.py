@@ -100,7 +100,8 @@ def _linear_cross_entropy_backward(shape: Shape, size: int) -> tuple[int, int]:
 
 def _adamw(shape: Shape, size: int) -> tuple[int, int]:
     # Gradient in, master and two moments in and out in fp32, and the parameter out where it is not the master.
-    return 15 * shape["P"], shape["P"] * (size + 24 + (size if size < 4 else 0))
+    # shape["grad_bytes"] is the gradient's size an element where it is not the dtype's.
+    return 15 * shape["P"], shape["P"] * (shape.get("grad_bytes", size) + 24 + (size if size < 4 else 0))
 
 
 def _grad_norm(shape: Shape, size: int) -> tuple[int, int]:

@@ -1,0 +1,7 @@
+"""Timing of every op against its peers: one list of cases, one timer. Imports nothing until it is used.
+
+    from megapre.kernels.bench import cases, run
+    rows = run.Runner("cpu").case(cases.build("rms_norm", {"T": 2048, "H": 4096}, "bf16", "cpu"), ["forward", "full"])
+
+`cases` says what is measured, `timer` how, `run` puts the two together into rows, `sets` names lists of cases.
+"""
