@@ -35,8 +35,8 @@ TORCH_LIBRARY(megapre, m) {
       "cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor? dlosses, int ignore_index, float label_smoothing,"
       " float z_loss, int vocab) -> Tensor");
 
-  // The three products of a linear layer on matrices of bf16 or fp16; dweight and dbias may be fp32 and are added to
-  // where `accumulate`.
+  // The three products of a linear layer on matrices. dweight and dbias may be fp32 beside 16-bit operands; they are added
+  // to where `accumulate`, and overwritten where not.
   m.def("linear_(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias) -> ()");
   m.def("linear_input_gradient_(Tensor(a!) dx, Tensor dy, Tensor weight) -> ()");
   m.def(

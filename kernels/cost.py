@@ -3,7 +3,7 @@
     flops, moved = cost("rms_norm", {"T": 8192, "H": 4096}, "bf16")
 
 Sizes are named by the legend: B batch, S sequence length (Sq queries, Sk keys where they differ), T tokens, H hidden,
-N query heads, K key heads, D head dim, F ffn width, V vocab, P parameters.
+N query heads, K key heads, D head dim, F ffn width, V vocab, I and O the widths of a linear layer, P parameters.
 
 FLOPs count a multiplication, an addition, and an exp, tanh, sqrt or division as one each. Bytes are the floor of a
 perfect kernel: every input read once, every output written once. `op` is a name of the registry, or that with
@@ -88,6 +88,17 @@ def _attention(products: int, q_passes: int, k_passes: int) -> Entry:
     return entry
 
 
+def _linear(shape: Shape, size: int) -> tuple[int, int]:
+    rows, ins, outs = shape["T"], shape["I"], shape["O"]
+    return 2 * rows * ins * outs, (rows * ins + ins * outs + rows * outs) * size
+
+
+def _linear_backward(shape: Shape, size: int) -> tuple[int, int]:
+    rows, ins, outs = shape["T"], shape["I"], shape["O"]
+    # dy and x and W in, dx out, and dW in fp32.
+    return 4 * rows * ins * outs, (2 * rows * ins + ins * outs + rows * outs) * size + 4 * ins * outs
+
+
 def _linear_cross_entropy(shape: Shape, size: int) -> tuple[int, int]:
     rows, vocab, hidden = shape["T"], shape["V"], shape["H"]
     return rows * vocab * (2 * hidden + 5), (rows * hidden + vocab * hidden) * size
@@ -109,6 +120,8 @@ def _grad_norm(shape: Shape, size: int) -> tuple[int, int]:
 
 
 ENTRIES: dict[str, Entry] = {
+    "linear": _linear,
+    "linear_backward": _linear_backward,
     "layer_norm": _norm(8, passes=2, residual_passes=2, fp32_per_row=2),
     "layer_norm_backward": _norm(14, passes=3, residual_passes=1, fp32_per_row=2),
     "rms_norm": _norm(4, passes=2, residual_passes=2, fp32_per_row=1),

@@ -6,7 +6,8 @@
 Shapes   x [T, H]; weight [V, H]; labels [T] int64; loss a 0-dim fp32 sum (the caller divides by the global number of
          valid tokens). Rows of weight >= vocab are padding: no logits, and a gradient of 0.
 Forward  2 T V H FLOPs; with gradients 6 T V H, all done in the forward pass with an upstream gradient of one, because
-         then the logits of a chunk are still there; the backward multiplies by the upstream scalar, on the device.
+         then the logits of a chunk are still there; the backward multiplies by the upstream scalar, on the device. A
+         caller who knows that scalar beforehand saves the multiplication, and dW's own memory where W has a sink.
 Memory   one chunk of logits (rows * V <= MAX_LOGITS), dx in the dtype of x, dW in fp32; never [T, V].
 Bytes    a chunk reads W twice, x and writes dx; its logits are written by the product, turned into their gradient in
          place and read by two products; fp32 dW is read and written once a chunk.
@@ -25,6 +26,7 @@ from torch import Tensor
 from . import library
 from .cross_entropy import check, check_labels
 from .cross_entropy import reference as cross_entropy
+from .gradient_sink import sink_of
 from .precision import wide
 
 # Logits that exist at a time: 2^25 are 64 MiB in bf16, or 667 rows of GPT-2's vocabulary.
@@ -39,10 +41,13 @@ def reference(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     vocab: int | None = None,
+    upstream: Tensor | None = None,
 ) -> Tensor:
     """Plain torch with whole fp32 logits, the definition of correct. The sum of the losses of valid rows, 0-dim fp32.
 
-    ValueError as `cross_entropy.reference`, and when x and weight differ in width.
+    `upstream` (0-dim) is the caller's promise of the gradient that the backward will bring, for implementations that
+    make gradients in the forward; it changes no result. ValueError as `cross_entropy.reference`, and when x and weight
+    differ in width.
     """
     _check(x_TH, weight_VH, labels_T, vocab)
     with torch.autocast(x_TH.device.type, enabled=False):
@@ -58,25 +63,21 @@ def chunked(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     vocab: int | None = None,
+    upstream: Tensor | None = None,
 ) -> Tensor:
     """Through `megapre::linear_cross_entropy`; logits are rounded to the dtype of x. As `reference`.
 
-    The weight is taken in the dtype of x (autocast). Gradients are computed only for inputs that require them.
+    The weight is taken in the dtype of x (autocast). Gradients are computed only for inputs that require them. Where
+    `upstream` is given and the weight has a sink (gradient_sink.py), dW goes straight into it, during the forward.
     """
     vocab = _check(x_TH, weight_VH, labels_T, vocab)
     weight = weight_VH.to(x_TH.dtype)
     needs = torch.is_grad_enabled()
+    settings = (ignore_index, label_smoothing, z_loss, vocab, MAX_LOGITS[x_TH.device.type])
+    if upstream is not None and weight is weight_VH and sink_of(weight) is not None:
+        return _IntoSink.apply(x_TH, weight, labels_T, upstream, *settings)  # type: ignore[no-any-return]
     loss, _, _ = torch.ops.megapre.linear_cross_entropy(
-        x_TH,
-        weight,
-        labels_T,
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        vocab,
-        MAX_LOGITS[x_TH.device.type],
-        needs and x_TH.requires_grad,
-        needs and weight.requires_grad,
+        x_TH, weight, labels_T, *settings, needs and x_TH.requires_grad, needs and weight.requires_grad
     )
     return loss  # type: ignore[no-any-return]
 
@@ -115,40 +116,102 @@ def _forward(
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_labels(labels, ignore_index, vocab)
     settings = (ignore_index, label_smoothing, z_loss, vocab)
+    dx = x.new_empty(x.shape) if need_dx else None
+    dweight = x.new_empty(weight.shape, dtype=wide(x.dtype)) if need_dweight else None
+    loss = _chunks(x, weight, labels, None, settings, max_logits, dx, dweight, False)
+    return loss, x.new_empty(0) if dx is None else dx, loss.new_empty(0) if dweight is None else dweight
+
+
+def _forward_into_(
+    dweight: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    upstream: Tensor,
+    accumulate: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    vocab: int,
+    max_logits: int,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor]:
+    settings = (ignore_index, label_smoothing, z_loss, vocab)
+    dx = x.new_empty(x.shape) if need_dx else None
+    loss = _chunks(x, weight, labels, upstream, settings, max_logits, dx, dweight, accumulate)
+    return loss, x.new_empty(0) if dx is None else dx
+
+
+def _chunks(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    upstream: Tensor | None,
+    settings: tuple[int, float, float, int],
+    max_logits: int,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    accumulate: bool,
+) -> Tensor:
+    """The loss, 0-dim; writes dx and dweight (adds to it where `accumulate`). `upstream` None means one."""
+    ignore_index, _, _, vocab = settings
+    check_labels(labels, ignore_index, vocab)
     loss = x.new_zeros((), dtype=wide(x.dtype))
-    dx = x.new_empty(x.shape if need_dx else 0)
-    dweight = x.new_zeros(weight.shape if need_dweight else 0, dtype=wide(x.dtype))
     rows = chunk_rows(x.shape[0], weight.shape[0], max_logits)
+    if rows == 0 and dweight is not None and not accumulate:
+        dweight.zero_()
     logits = x.new_empty(rows, weight.shape[0])
-    # Memory of this size is page faults when it is fresh, so one buffer serves the products of all chunks.
-    product = x.new_empty(weight.shape if need_dweight and x.device.type == "cpu" else 0)
+    scale = None if upstream is None else upstream.to(loss.dtype).expand(rows).contiguous()
+    ops = torch.ops.megapre
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, x.shape[0], rows or 1):
             chunk = slice(start, min(start + rows, x.shape[0]))
-            dlogits = torch.mm(x[chunk], weight.T, out=logits[: chunk.stop - chunk.start])
-            if not (need_dx or need_dweight):
-                loss += torch.ops.megapre.cross_entropy(dlogits, labels[chunk], *settings)[0].sum()
+            dlogits = logits[: chunk.stop - chunk.start]
+            ops.linear_(dlogits, x[chunk], weight, None)
+            if dx is None and dweight is None:
+                loss += ops.cross_entropy(dlogits, labels[chunk], *settings)[0].sum()
                 continue
-            loss += torch.ops.megapre.cross_entropy_(dlogits, labels[chunk], None, *settings).sum()
-            if need_dx:
-                torch.mm(dlogits, weight, out=dx[chunk])
-            if need_dweight:
-                _add_product(dweight, dlogits.T, x[chunk], product)
-    return loss, dx, dweight
+            dlosses = None if scale is None else scale[: len(dlogits)]
+            loss += ops.cross_entropy_(dlogits, labels[chunk], dlosses, *settings).sum()
+            if dx is not None:
+                ops.linear_input_gradient_(dx[chunk], dlogits, weight)
+            if dweight is not None:
+                ops.linear_weight_gradient_(dweight, None, dlogits, x[chunk], accumulate or start > 0)
+    return loss
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, product: Tensor) -> None:
-    """total += a @ b, where total may be wider than a and b. `product` is space for a @ b, used on the CPU."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.device.type == "cuda":
-        total += torch.mm(a, b, out_dtype=total.dtype)
-    else:
-        torch.mm(a, b, out=product)
-        for block, scratch in _blocks(total):
-            total[block] += scratch.copy_(product[block])
+class _IntoSink(torch.autograd.Function):
+    """The op whose weight gradient is written where its owner wants it, for an upstream gradient known beforehand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, *settings: Any) -> Tensor:
+        dweight, accumulate = weight.gradient_sink()  # type: ignore[attr-defined]
+        loss, dx = torch.ops.megapre.linear_cross_entropy_into_(
+            dweight, x, weight, labels, upstream, accumulate, *settings, ctx.needs_input_grad[0]
+        )
+        ctx.save_for_backward(dx, upstream)
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        dx, upstream = ctx.saved_tensors
+        _check_promise(dloss, upstream)
+        return dx if ctx.needs_input_grad[0] else None, *(None,) * 8
+
+
+def _check_promise(dloss: Tensor, upstream: Tensor) -> None:
+    """ValueError when the backward brings another gradient than was promised.
+
+    `loss.backward(upstream)` brings that very tensor. Another one is looked at on the CPU only, where it costs no wait.
+    """
+    if dloss.data_ptr() == upstream.data_ptr() or dloss.device.type != "cpu" or bool(dloss.isnan()):
+        return
+    if dloss.item() != upstream.item():
+        raise ValueError(
+            f"linear_cross_entropy: its gradient was made for upstream = {upstream.item()}, "
+            f"and the backward brings {dloss.item()}"
+        )
 
 
 def _blocks(like: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -202,7 +265,7 @@ def _differentiate(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor |
 
 
 def register(ops: torch.library.Library) -> None:
-    """Registers `megapre::linear_cross_entropy` and its backward, which only scales."""
+    """Registers `megapre::linear_cross_entropy`, its backward, which only scales, and the form that adds to a sink."""
     library.add(
         ops,
         "linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, int ignore_index, float label_smoothing, "
@@ -210,6 +273,14 @@ def register(ops: torch.library.Library) -> None:
         "-> (Tensor loss, Tensor dx, Tensor dweight)",
         _forward,
         _forward_fake,
+    )
+    library.add(
+        ops,
+        "linear_cross_entropy_into_(Tensor(a!) dweight, Tensor x, Tensor weight, Tensor labels, Tensor upstream, "
+        "bool accumulate, int ignore_index, float label_smoothing, float z_loss, int vocab, int max_logits, "
+        "bool need_dx) -> (Tensor loss, Tensor dx)",
+        _forward_into_,
+        lambda dweight, x, *rest: (x.new_empty((), dtype=wide(x.dtype)), x.new_empty(x.shape if rest[-1] else 0)),
     )
     library.add(
         ops,

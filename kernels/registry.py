@@ -15,6 +15,7 @@ from . import (
     grad_norm,
     layer_norm,
     library,
+    linear,
     linear_cross_entropy,
     native,
     rms_norm,
@@ -59,6 +60,9 @@ def _needs_native(*ops: str) -> Callable[[str], str]:
 
 # In order of preference: the first that can serve a device is its default.
 IMPLEMENTATIONS = (
+    Implementation("linear", "native", linear.native, _needs_native("linear_", "linear_weight_gradient_")),
+    Implementation("linear", "torch", linear.torch_linear),
+    Implementation("linear", "reference", linear.reference),
     Implementation("layer_norm", "triton", triton.layer_norm, triton.why_not),
     Implementation("layer_norm", "torch", layer_norm.fused_torch),
     Implementation("layer_norm", "reference", layer_norm.reference),
@@ -103,6 +107,7 @@ IMPLEMENTATIONS = (
 class Kernels:
     """The chosen implementation of every op, as attributes. Passed to whatever computes; there is no global choice."""
 
+    linear: Op
     layer_norm: Op
     rms_norm: Op
     rope: Op

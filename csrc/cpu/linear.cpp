@@ -1,5 +1,5 @@
-// Driver of the linear layer's three products for 16-bit types: checks, tiles, memory and threads. The arithmetic is in
-// products.h, and in linear_rows.cpp what is done to a tile before it goes to memory.
+// Driver of the linear layer's three products: checks, tiles, memory and threads. The arithmetic is in products.h, and in
+// linear_rows.cpp what is done to a tile before it goes to memory. fp32 and fp64 go to torch's own products.
 //
 //   y  [m, o] = x [m, i] W [o, i]^T + bias        dx [m, i] = dy [m, o] W [o, i]
 //   dW [o, i] (+)= dy [m, o]^T x [m, i]           dbias [o] (+)= sum over rows of dy
@@ -11,7 +11,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
 #include <c10/util/irange.h>
 #include <torch/library.h>
 
@@ -39,7 +42,8 @@ bool is_half_width(c10::ScalarType dtype) {
 void check_rows(const char* op, const at::Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.dim() == 2, op, ": ", name, " has shape ", t.sizes(), "; a matrix is needed");
   TORCH_CHECK_TYPE(
-      is_half_width(t.scalar_type()), op, ": ", name, " is ", t.scalar_type(), "; these products are for bf16 and fp16");
+      is_supported(t.scalar_type()), op, ": ", name, " is ", t.scalar_type(),
+      "; supported are fp32, bf16, fp16, fp64");
 }
 
 // The elements of a row must be neighbours.
@@ -57,8 +61,15 @@ void check_out(const char* op, const at::Tensor& out, const char* name, int64_t 
 
 // out [m, n] = a [m, k] B [k, n] + bias, B given as `b` or, `transposed`, as its transpose.
 void multiply(
-    const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool transposed, const float* bias) {
+    const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool transposed, const at::Tensor& bias) {
   const int64_t m = out.size(0), n = out.size(1), k = a.size(1);
+  if (k == 0) {  // an empty sum, which no product writes
+    out.zero_();
+    if (bias.defined()) {
+      out.copy_(bias);
+    }
+    return;
+  }
   const c10::ScalarType dtype = a.scalar_type();
   const int64_t size = a.element_size();
   const Products& form = products(dtype, k);
@@ -102,7 +113,7 @@ void multiply(
               a.stride(0), packed, tile, kPanel, depth > 0);
           if (depth == depths - 1) {
             kernels.finish(
-                dtype, rows, columns, tile, kPanel, bias == nullptr ? nullptr : bias + first,
+                dtype, rows, columns, tile, kPanel, bias.defined() ? bias.const_data_ptr<float>() + first : nullptr,
                 static_cast<char*>(out.data_ptr()) + (row * out.stride(0) + first) * size, out.stride(0));
           }
         }
@@ -122,15 +133,19 @@ void linear_(
       "linear: x is ", x_in.scalar_type(), " ", x_in.sizes(), ", weight ", weight_in.scalar_type(), " ",
       weight_in.sizes(), " and y ", y.scalar_type(), "; x [rows, in] and weight [out, in] of one dtype are needed");
   check_out("linear", y, "y", x_in.size(0), weight_in.size(0));
-  at::Tensor bias;
   if (bias_in.has_value()) {
     TORCH_CHECK_VALUE(
         bias_in->dim() == 1 && bias_in->size(0) == weight_in.size(0), "linear: bias has shape ", bias_in->sizes(),
         "; weight ", weight_in.sizes(), " needs [", weight_in.size(0), "]");
-    bias = bias_in->to(c10::kFloat).contiguous();
   }
+  if (!is_half_width(x_in.scalar_type())) {
+    bias_in.has_value() ? at::addmm_out(y, bias_in->to(y.scalar_type()), x_in, weight_in.t())
+                        : at::mm_out(y, x_in, weight_in.t());
+    return;
+  }
+  const at::Tensor bias = bias_in.has_value() ? bias_in->to(c10::kFloat).contiguous() : at::Tensor();
   const at::Tensor x = by_rows(x_in), weight = by_rows(weight_in);
-  multiply(y, x, weight, /*transposed=*/true, bias.defined() ? bias.const_data_ptr<float>() : nullptr);
+  multiply(y, x, weight, /*transposed=*/true, bias);
 }
 
 void linear_input_gradient_(at::Tensor& dx, const at::Tensor& dy_in, const at::Tensor& weight_in) {
@@ -143,7 +158,11 @@ void linear_input_gradient_(at::Tensor& dx, const at::Tensor& dy_in, const at::T
       " ", weight_in.sizes(), " and dx ", dx.scalar_type(),
       "; dy [rows, out] and weight [out, in] of one dtype are needed");
   check_out("linear_input_gradient", dx, "dx", dy_in.size(0), weight_in.size(1));
-  multiply(dx, by_rows(dy_in), by_rows(weight_in), /*transposed=*/false, nullptr);
+  if (!is_half_width(dy_in.scalar_type())) {
+    at::mm_out(dx, dy_in, weight_in);
+    return;
+  }
+  multiply(dx, by_rows(dy_in), by_rows(weight_in), /*transposed=*/false, /*bias=*/at::Tensor());
 }
 
 void linear_weight_gradient_(
@@ -157,14 +176,32 @@ void linear_weight_gradient_(
       " ", dy_in.sizes(), " and x ", x_in.scalar_type(), " ", x_in.sizes(), "; as many rows of one dtype are needed");
   const int64_t rows = x_in.size(0), outs = dy_in.size(1), ins = x_in.size(1);
   check_out(op, dweight, "dweight", outs, ins);
+  const c10::ScalarType acc = acc_dtype(x_in.scalar_type());
   TORCH_CHECK_TYPE(
-      dweight.scalar_type() == c10::kFloat || (dweight.scalar_type() == x_in.scalar_type() && !accumulate), op,
-      ": dweight is ", dweight.scalar_type(), "; to be added to it must be fp32, to be overwritten fp32 or ",
+      dweight.scalar_type() == acc || (dweight.scalar_type() == x_in.scalar_type() && !accumulate), op,
+      ": dweight is ", dweight.scalar_type(), "; to be added to it must be ", acc, ", to be overwritten ", acc, " or ",
       x_in.scalar_type());
   if (dbias.has_value()) {
     TORCH_CHECK_VALUE(
-        dbias->dim() == 1 && dbias->size(0) == outs && dbias->is_contiguous() && dbias->scalar_type() == c10::kFloat,
-        op, ": dbias is ", dbias->scalar_type(), " ", dbias->sizes(), "; contiguous fp32 [", outs, "] is needed");
+        dbias->dim() == 1 && dbias->size(0) == outs && dbias->is_contiguous() && dbias->scalar_type() == acc, op,
+        ": dbias is ", dbias->scalar_type(), " ", dbias->sizes(), "; contiguous ", acc, " [", outs, "] is needed");
+  }
+  if (!is_half_width(x_in.scalar_type())) {
+    accumulate ? at::addmm_out(dweight, dweight, dy_in.t(), x_in) : at::mm_out(dweight, dy_in.t(), x_in);
+    if (dbias.has_value()) {
+      const at::Tensor sums = dy_in.sum(0);
+      accumulate ? dbias->add_(sums) : dbias->copy_(sums);
+    }
+    return;
+  }
+  if (rows == 0) {
+    if (!accumulate) {
+      dweight.zero_();
+      if (dbias.has_value()) {
+        dbias->zero_();
+      }
+    }
+    return;
   }
   const at::Tensor dy = by_rows(dy_in), x = by_rows(x_in);
   const c10::ScalarType dtype = x.scalar_type();

@@ -150,6 +150,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     vocab: int | None = None,
+    upstream: Tensor | None = None,
 ) -> Tensor:
     """As `kernels.linear_cross_entropy.reference`; weight is taken and logits are rounded in the dtype of x."""
     vocab = check_linear_cross_entropy(x_TH, weight_VH, labels_T, vocab)

@@ -51,10 +51,18 @@ class Places(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """nn.Linear left uninitialised: `init.initialize` draws every parameter from its name."""
+    """nn.Linear over the chosen products, left uninitialised: `init.initialize` draws every parameter from its name."""
+
+    def __init__(self, ins: int, outs: int, bias: bool, ops: Kernels, like: Like) -> None:
+        super().__init__(ins, outs, bias, **like)
+        self.ops = ops
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., ins] -> [..., outs]."""
+        return self.ops.linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
 
 
 class LayerNorm(nn.Module):
@@ -103,10 +111,10 @@ class Attention(nn.Module):
     def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.ops = cfg.heads, cfg.kv_heads, cfg.head_dim, ops
-        self.qkv = Linear(cfg.hidden, (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim, cfg.bias, **like)
+        self.qkv = Linear(cfg.hidden, (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim, cfg.bias, ops, like)
         self.q_norm = HeadNorm(cfg, ops, like) if cfg.qk_norm else None
         self.k_norm = HeadNorm(cfg, ops, like) if cfg.qk_norm else None
-        self.out = Linear(cfg.heads * cfg.head_dim, cfg.hidden, cfg.bias, **like)
+        self.out = Linear(cfg.heads * cfg.head_dim, cfg.hidden, cfg.bias, ops, like)
 
     def forward(self, x_BSH: Tensor, places: Places, cache: LayerCache | None) -> Tensor:
         qkv = self.qkv(x_BSH).unflatten(-1, (-1, self.head_dim))
@@ -127,8 +135,8 @@ class GeluMLP(nn.Module):
     def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
         super().__init__()
         self.ops = ops
-        self.up = Linear(cfg.hidden, cfg.ffn, cfg.bias, **like)
-        self.down = Linear(cfg.ffn, cfg.hidden, cfg.bias, **like)
+        self.up = Linear(cfg.hidden, cfg.ffn, cfg.bias, ops, like)
+        self.down = Linear(cfg.ffn, cfg.hidden, cfg.bias, ops, like)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         return self.down(self.ops.gelu(self.up(x_BSH)))
@@ -140,8 +148,8 @@ class GatedMLP(nn.Module):
     def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
         super().__init__()
         self.activation = {"swiglu": ops.swiglu, "geglu": ops.geglu}[cfg.activation]
-        self.gate_up = Linear(cfg.hidden, 2 * cfg.ffn, cfg.bias, **like)
-        self.down = Linear(cfg.ffn, cfg.hidden, cfg.bias, **like)
+        self.gate_up = Linear(cfg.hidden, 2 * cfg.ffn, cfg.bias, ops, like)
+        self.down = Linear(cfg.ffn, cfg.hidden, cfg.bias, ops, like)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         return self.down(self.activation(self.gate_up(x_BSH)))
@@ -182,7 +190,7 @@ class Transformer(nn.Module):
         self.rotary = None if learned else Rotary(cfg, device)
         self.blocks = nn.ModuleList(Block(cfg, ops, like) for _ in range(cfg.layers))
         self.norm = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[cfg.norm](cfg, ops, like)
-        self.head = None if cfg.tied else Linear(cfg.hidden, cfg.vocab_padded, False, **like)
+        self.head = None if cfg.tied else Linear(cfg.hidden, cfg.vocab_padded, False, ops, like)
 
     def forward(
         self,
@@ -205,9 +213,13 @@ class Transformer(nn.Module):
         labels_BS: Tensor,
         positions_BS: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        upstream: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy in nats, fp32 scalar, summed over tokens whose label is not -100; logits never whole."""
-        return self.loss_of(self.hidden(tokens_BS, positions_BS, cu_seqlens), labels_BS)
+        """Cross-entropy in nats, fp32 scalar, summed over tokens whose label is not -100; logits never whole.
+
+        `upstream`: the 0-dim gradient that the backward will bring, where that is known; it saves memory.
+        """
+        return self.loss_of(self.hidden(tokens_BS, positions_BS, cu_seqlens), labels_BS, upstream)
 
     def hidden(
         self,
@@ -264,7 +276,7 @@ class Transformer(nn.Module):
     def logits(self, y_BSH: Tensor) -> Tensor:
         return F.linear(y_BSH, self.head_weight[: self.cfg.vocab])
 
-    def loss_of(self, y_BSH: Tensor, labels_BS: Tensor) -> Tensor:
+    def loss_of(self, y_BSH: Tensor, labels_BS: Tensor, upstream: Tensor | None = None) -> Tensor:
         return self.ops.linear_cross_entropy(
-            y_BSH.flatten(0, 1), self.head_weight, labels_BS.flatten(), vocab=self.cfg.vocab
+            y_BSH.flatten(0, 1), self.head_weight, labels_BS.flatten(), vocab=self.cfg.vocab, upstream=upstream
         )

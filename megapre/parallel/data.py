@@ -9,18 +9,23 @@ the backward, so that a bucket, a consecutive cut of the buffer, is complete as 
     bf16                 bf16           fp32, own                  fp32: micro-batches are added up in fp32
     fp32                 fp32           the param buffer itself    fp32
 
-A gradient arrives through a post-accumulate hook: the first of a step is copied over the old contents, later ones are
-added, and the tensor autograd made is dropped at once. Nothing is zeroed beforehand and no full set of low-precision
-gradients ever exists.
+A gradient arrives on one of two ways. An op that can adds it up in the buffer itself: the parameter's `gradient_sink`
+(kernels/gradient_sink.py) hands it the place. From every other op it comes through a post-accumulate hook, which takes
+over the tensor that autograd made and drops it at once. Either way the first gradient of a step overwrites the old
+contents and later ones are added; nothing is zeroed beforehand and no full set of low-precision gradients ever exists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from megapre.kernels.gradient_sink import GradientSink
 
 # Each parameter starts at a multiple of 64 elements: 128 bytes in bf16, the widest vector or sector of any device we
 # run on. The gap holds zeros, whose gradient is zero and whose AdamW update is therefore zero.
@@ -87,6 +92,20 @@ class FlatGroup:
                 start, names = stop, []
 
 
+def _taking_into(sink: GradientSink) -> Callable[[Tensor], None]:
+    def take(parameter: Tensor) -> None:
+        if parameter.grad is None:  # autograd calls the hook also where an op has written into the sink itself
+            return
+        total, add = sink()
+        if add:
+            total.add_(parameter.grad)
+        else:
+            total.copy_(parameter.grad)
+        parameter.grad = None
+
+    return take
+
+
 class FlatParameters:
     """Takes over a model's parameters: after this they are views, and gradients land in `groups[i].grad`.
 
@@ -111,19 +130,17 @@ class FlatParameters:
         for group in self.groups:
             for name, parameter in reverse:
                 if slot := group.slots.get(name):
-                    parameter.register_post_accumulate_grad_hook(self._hook(name, slot.view(group.grad)))
+                    sink = self._sink(name, slot.view(group.grad))
+                    parameter.gradient_sink = sink  # type: ignore[attr-defined]
+                    parameter.register_post_accumulate_grad_hook(_taking_into(sink))
 
-    def _hook(self, name: str, accumulated: Tensor) -> Callable[[Tensor], None]:
-        def take_gradient(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            if name in self._missing:
-                self._missing.discard(name)
-                accumulated.copy_(parameter.grad)
-            else:
-                accumulated.add_(parameter.grad)
-            parameter.grad = None
+    def _sink(self, name: str, sum_: Tensor) -> GradientSink:
+        def arrive() -> tuple[Tensor, bool]:
+            first = name in self._missing
+            self._missing.discard(name)
+            return sum_, not first
 
-        return take_gradient
+        return arrive
 
     def begin_step(self) -> None:
         """From here the first gradient of each parameter replaces what the last step left."""

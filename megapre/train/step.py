@@ -64,7 +64,7 @@ class WholeModel:
 
     def forward(self, micro_batch: int, x: Tensor | None) -> Tensor:
         assert x is None, "the first chunk fetches its own input"
-        loss = self.loss(*inputs(self.micro_batches[micro_batch], self.device))
+        loss = self.loss(*inputs(self.micro_batches[micro_batch], self.device), self.per_token)
         self.losses[micro_batch] = loss
         return loss
 

@@ -24,7 +24,7 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
         return torch.randn(*shape, dtype=dtype, device=device, requires_grad=True)
 
     wide = torch.float32
-    target = labels(device)
+    target, one = labels(device), torch.ones((), device=device)
     return {
         "rms_norm": [
             (leaf(5, 12), leaf(12), 1e-6, None),
@@ -40,6 +40,21 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
         "swiglu_backward": [(leaf(5, 6).detach(), leaf(5, 12).detach())],
         "geglu": [(leaf(5, 12),), (leaf(2, 3, 4),)],
         "geglu_backward": [(leaf(5, 6).detach(), leaf(5, 12).detach())],
+        "linear": [
+            (leaf(2, 3, 8), leaf(5, 8), leaf(5)),
+            (leaf(8, 3).T, leaf(8, 5).T, None),
+            (leaf(0, 8), leaf(5, 8), None),
+        ],
+        "linear_backward": [
+            (leaf(2, 3, 5).detach(), leaf(2, 3, 8).detach(), leaf(5, 8).detach(), *needs)
+            for needs in ((True, True, True), (False, True, False), (True, False, True))
+        ],
+        "linear_": [(leaf(3, 5).detach(), leaf(3, 8).detach(), leaf(5, 8).detach(), leaf(5).detach())],
+        "linear_input_gradient_": [(leaf(3, 8).detach(), leaf(3, 5).detach(), leaf(5, 8).detach())],
+        "linear_weight_gradient_": [
+            (torch.zeros(5, 8, device=device), sums, leaf(3, 5).detach(), leaf(3, 8).detach(), True)
+            for sums in (None, torch.zeros(5, device=device))
+        ],
         "cross_entropy": [(leaf(5, 11), target, *SETTINGS), (leaf(11, 5).T, target, *SETTINGS)],
         "cross_entropy_backward": [
             (
@@ -56,6 +71,20 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
         "linear_cross_entropy": [
             (leaf(5, 6), leaf(11, 6), target, *SETTINGS, 2**26, *needs)
             for needs in ((True, True), (True, False), (False, True), (False, False))
+        ],
+        "linear_cross_entropy_into_": [
+            (
+                torch.ones(11, 6, device=device),
+                leaf(5, 6).detach(),
+                leaf(11, 6).detach(),
+                target,
+                one,
+                True,
+                *SETTINGS,
+                99,
+                need,
+            )
+            for need in (True, False)
         ],
         "linear_cross_entropy_backward": [
             (torch.tensor(0.5, device=device), leaf(5, 6).detach(), torch.randn(*shape, device=device), dtype)
@@ -87,6 +116,10 @@ def calls(device: str) -> dict[str, list[tuple[Call, list[tuple[int, ...]]]]]:
     documents = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
     qkv = [(2, 4, 4, 4), (2, 4, 2, 4), (2, 4, 2, 4)]
     return {
+        "linear": [
+            (lambda op: lambda x, w, b: op(x, w, b), [(2, 3, 8), (5, 8), (5,)]),
+            (lambda op: lambda x, w: op(x, w), [(3, 8), (5, 8)]),
+        ],
         "layer_norm": [
             (lambda op: lambda x, w, b: op(x, w, b), [(3, 8), (8,), (8,)]),
             (lambda op: lambda x, w, b, r: op(x, w, b, 1e-5, r), [(3, 8), (8,), (8,), (3, 8)]),

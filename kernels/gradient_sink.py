@@ -1,0 +1,30 @@
+"""Where the gradient of a parameter is wanted, if its owner has said so.
+
+Autograd returns a gradient in the dtype of its parameter, and somebody adds it up. A training engine that keeps fp32
+sums in buffers of its own may instead hang a `gradient_sink` on the parameter: an op whose backward can write there
+does so, in fp32 from the first term to the last and without a pass of its own for the addition, and returns no
+gradient to autograd. Ops that know nothing of it return theirs as ever.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class GradientSink(Protocol):
+    """Called once by each backward that will write: gives the buffer and counts the gradient as arrived."""
+
+    def __call__(self) -> tuple[Tensor, bool]:
+        """(fp32 buffer of the parameter's shape, True: add to it, False: overwrite it)."""
+        ...
+
+
+def sink_of(parameter: Tensor | None) -> GradientSink | None:
+    """The sink of `parameter`; None where it has none or needs no gradient, and inside torch.compile, which would have
+    to trace through it."""
+    if parameter is None or torch.compiler.is_compiling():
+        return None
+    if not (parameter.requires_grad and torch.is_grad_enabled()):
+        return None
+    return getattr(parameter, "gradient_sink", None)
