@@ -1,9 +1,9 @@
 """Where the gradient of a parameter is wanted, if its owner has said so.
 
-Autograd returns a gradient in the dtype of its parameter, and somebody adds it up. A training engine that keeps fp32
-sums in buffers of its own may instead hang a `gradient_sink` on the parameter: an op whose backward can write there
-does so, in fp32 from the first term to the last and without a pass of its own for the addition, and returns no
-gradient to autograd. Ops that know nothing of it return theirs as ever.
+Autograd returns a gradient in the dtype of its parameter, and somebody adds it up. A training engine that keeps sums in
+buffers of its own may instead hang a `gradient_sink` on the parameter: an op whose backward can write there does so,
+without a pass of its own for the addition and, into an fp32 buffer, without rounding, and returns no gradient to
+autograd. Ops that know nothing of it return theirs as ever.
 """
 
 from typing import Protocol
@@ -16,7 +16,7 @@ class GradientSink(Protocol):
     """Called once by each backward that will write: gives the buffer and counts the gradient as arrived."""
 
     def __call__(self) -> tuple[Tensor, bool]:
-        """(fp32 buffer of the parameter's shape, True: add to it, False: overwrite it)."""
+        """(buffer of the parameter's shape, fp32 or of its dtype; True: add to it, False: overwrite it)."""
         ...
 
 

@@ -84,11 +84,14 @@ class _IntoSinks(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dy_TO, x_TI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         dweight, accumulate = ctx.weight.gradient_sink()
-        dbias = None
-        if ctx.bias is not None:
+        if ctx.bias is None:
+            torch.ops.megapre.linear_weight_gradient_(dweight, None, dy_TO, x_TI, accumulate)
+        else:
             dbias, accumulate_bias = ctx.bias.gradient_sink()
             assert accumulate_bias == accumulate, "weight and bias of a layer get their gradients together"
-        torch.ops.megapre.linear_weight_gradient_(dweight, dbias, dy_TO, x_TI, accumulate)
+            sums = dbias if dbias.dtype == wide(dy.dtype) else dbias.to(wide(dy.dtype))
+            torch.ops.megapre.linear_weight_gradient_(dweight, sums, dy_TO, x_TI, accumulate)
+            dbias.copy_(sums)
         dx = _input_gradient(dy, weight) if ctx.needs_input_grad[0] else None
         return dx, None, None
 

@@ -4,8 +4,8 @@
 //   y  [m, o] = x [m, i] W [o, i]^T + bias        dx [m, i] = dy [m, o] W [o, i]
 //   dW [o, i] (+)= dy [m, o]^T x [m, i]           dbias [o] (+)= sum over rows of dy
 //
-// Sums are fp32 from the first term to the last. dW goes straight into an fp32 buffer where it is given one, so that
-// accumulating over micro-batches costs no pass of its own.
+// Sums are fp32. dW goes straight into the buffer that it is given, in fp32 or rounded to a 16-bit one, and is added there
+// where that is asked, so that accumulating over micro-batches costs no pass of its own.
 
 #include "linear.h"
 
@@ -114,7 +114,8 @@ void multiply(
           if (depth == depths - 1) {
             kernels.finish(
                 dtype, rows, columns, tile, kPanel, bias.defined() ? bias.const_data_ptr<float>() + first : nullptr,
-                static_cast<char*>(out.data_ptr()) + (row * out.stride(0) + first) * size, out.stride(0));
+                static_cast<char*>(out.data_ptr()) + (row * out.stride(0) + first) * size, out.stride(0),
+                /*accumulate=*/false);
           }
         }
       }
@@ -178,9 +179,8 @@ void linear_weight_gradient_(
   check_out(op, dweight, "dweight", outs, ins);
   const c10::ScalarType acc = acc_dtype(x_in.scalar_type());
   TORCH_CHECK_TYPE(
-      dweight.scalar_type() == acc || (dweight.scalar_type() == x_in.scalar_type() && !accumulate), op,
-      ": dweight is ", dweight.scalar_type(), "; to be added to it must be ", acc, ", to be overwritten ", acc, " or ",
-      x_in.scalar_type());
+      dweight.scalar_type() == acc || dweight.scalar_type() == x_in.scalar_type(), op, ": dweight is ",
+      dweight.scalar_type(), "; it can be ", acc, " or that of x, ", x_in.scalar_type());
   if (dbias.has_value()) {
     TORCH_CHECK_VALUE(
         dbias->dim() == 1 && dbias->size(0) == outs && dbias->is_contiguous() && dbias->scalar_type() == acc, op,
@@ -244,12 +244,13 @@ void linear_weight_gradient_(
       const int64_t ldc = direct ? dweight.stride(0) : ins;
       for (int64_t block = 0; block < depths; ++block) {
         const int64_t from = block * kOuterDepth, here = std::min(depth, rows - from), even = here + here % 2;
-        const bool adds = accumulate || block > 0;
+        const bool adds = (direct && accumulate) || block > 0;
         form.transpose(
             here, count, static_cast<const char*>(dy.const_data_ptr()) + (from * dy.stride(0) + first) * size,
             dy.stride(0), transposed);
         if (dbias.has_value()) {
-          kernels.row_sums(dtype, count, here, transposed, even, dbias->data_ptr<float>() + first, adds);
+          kernels.row_sums(
+              dtype, count, here, transposed, even, dbias->data_ptr<float>() + first, accumulate || block > 0);
         }
         for (int64_t panel = 0; panel < panels; ++panel) {
           form.multiply(
@@ -260,7 +261,7 @@ void linear_weight_gradient_(
       if (!direct) {
         kernels.finish(
             dtype, count, ins, c, ldc, nullptr,
-            static_cast<char*>(dweight.data_ptr()) + first * dweight.stride(0) * size, dweight.stride(0));
+            static_cast<char*>(dweight.data_ptr()) + first * dweight.stride(0) * size, dweight.stride(0), accumulate);
       }
     }
     form.release();

@@ -7,13 +7,16 @@ namespace megapre::cpu::CPU_CAPABILITY {
 namespace {
 
 template <typename T>
-void finish_rows(int64_t m, int64_t n, const float* c, int64_t ldc, const float* bias, T* out, int64_t ldo) {
+void finish_rows(int64_t m, int64_t n, const float* c, int64_t ldc, const float* bias, T* out, int64_t ldo, bool accumulate) {
   constexpr int64_t lanes = kLanes<float>;
   for (int64_t row = 0; row < m; ++row, c += ldc, out += ldo) {
     const auto step = [&](int64_t i, auto... count) {
       auto v = load_lanes(c + i, count...);
       if (bias != nullptr) {
         v = v + load_lanes(bias + i, count...);
+      }
+      if (accumulate) {
+        v = v + load_lanes(out + i, count...);
       }
       store_lanes(out + i, v, count...);
     };
@@ -55,9 +58,9 @@ void with_type_up_to_fp32(c10::ScalarType dtype, const F& f) {
 
 void finish(
     c10::ScalarType dtype, int64_t m, int64_t n, const float* c, int64_t ldc, const float* bias, void* out,
-    int64_t ldo) {
+    int64_t ldo, bool accumulate) {
   with_type_up_to_fp32(
-      dtype, [&](auto t) { finish_rows(m, n, c, ldc, bias, static_cast<decltype(t)*>(out), ldo); });
+      dtype, [&](auto t) { finish_rows(m, n, c, ldc, bias, static_cast<decltype(t)*>(out), ldo, accumulate); });
 }
 
 void row_sums(

@@ -53,8 +53,8 @@ def test_autocast(device: str, implementation: str) -> None:
 class Sink:
     """A buffer that counts how often it was asked for."""
 
-    def __init__(self, like: Tensor) -> None:
-        self.total = torch.full(like.shape, torch.nan)
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.total = torch.full(like.shape, torch.nan, dtype=dtype)
         self.calls = 0
 
     def __call__(self) -> tuple[Tensor, bool]:
@@ -62,16 +62,21 @@ class Sink:
         return self.total, self.calls > 1
 
 
-def parameter(seed: int, *shape: int, dtype: torch.dtype) -> torch.nn.Parameter:
+def parameter(
+    seed: int, *shape: int, dtype: torch.dtype, sink_dtype: torch.dtype = torch.float32
+) -> torch.nn.Parameter:
     made = torch.nn.Parameter(drawn(seed, *shape, dtype=dtype, device="cpu"))
-    made.gradient_sink = Sink(made)  # type: ignore[attr-defined]
+    made.gradient_sink = Sink(made, sink_dtype)  # type: ignore[attr-defined]
     return made
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gradients_land_in_sinks(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "sums_in"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+def test_gradients_land_in_sinks(dtype: torch.dtype, sums_in: torch.dtype) -> None:
     op = kernels.choose("cpu", {OP: "native"}).linear
-    weight, bias = parameter(1, 5, 6, dtype=dtype), parameter(2, 5, dtype=dtype)
+    weight, bias = (parameter(1, *shape, dtype=dtype, sink_dtype=sums_in) for shape in ((5, 6), (5,)))
     expected, sums = torch.zeros(5, 6), torch.zeros(5)
     for step in range(3):
         x = drawn(10 + step, 2, 4, 6, dtype=dtype, device="cpu").requires_grad_()
@@ -82,8 +87,9 @@ def test_gradients_land_in_sinks(dtype: torch.dtype) -> None:
         sums += rows.sum(0)
         torch.testing.assert_close(x.grad, (dy @ weight).detach())
     assert weight.grad is None and bias.grad is None
-    torch.testing.assert_close(weight.gradient_sink.total, expected)
-    torch.testing.assert_close(bias.gradient_sink.total, sums)
+    for sink, exact in ((weight.gradient_sink, expected), (bias.gradient_sink, sums)):
+        ulps = 3 * torch.finfo(sums_in).eps * exact.abs().max().item()  # a rounding for each of three additions
+        torch.testing.assert_close(sink.total.float(), exact, atol=ulps, rtol=0)
 
 
 def test_a_sink_is_not_asked_where_no_gradient_is_wanted() -> None:

@@ -29,25 +29,27 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def products(ops: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor) -> list[Tensor]:
-    """y, dx, dW in its own dtype, and dW and db added to sums of ones."""
+    """y, dx, dW in its own dtype, the same added to ones, and dW and db added to wide sums of ones."""
     (rows, ins), outs = x.shape, weight.shape[0]
     y, dx, dw = (poisoned(*s, dtype=x.dtype) for s in ((rows, outs), (rows, ins), (outs, ins)))
     ops.linear_(y, x, weight, bias)
     ops.linear_input_gradient_(dx, dy, weight)
     ops.linear_weight_gradient_(dw, None, dy, x, False)
+    added = torch.ones(outs, ins, dtype=x.dtype)
+    ops.linear_weight_gradient_(added, None, dy, x, True)
     total, sums = torch.ones(outs, ins, dtype=acc(x.dtype)), torch.ones(outs, dtype=acc(x.dtype))
     ops.linear_weight_gradient_(total, sums, dy, x, True)
     over, over_sums = poisoned(outs, ins, dtype=acc(x.dtype)), poisoned(outs, dtype=acc(x.dtype))
     ops.linear_weight_gradient_(over, over_sums, dy, x, False)
     torch.testing.assert_close(over + 1, total, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(over_sums + 1, sums, atol=1e-4, rtol=1e-5)
-    return [y, dx, dw, total, sums]
+    return [y, dx, dw, added, total, sums]
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor) -> list[Tensor]:
     y = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
     dw = dy.T @ x
-    return [y, dy @ weight, dw, dw.to(acc(x.dtype)) + 1, dy.sum(0, dtype=acc(x.dtype)) + 1]
+    return [y, dy @ weight, dw, dw + 1, dw.to(acc(x.dtype)) + 1, dy.sum(0, dtype=acc(x.dtype)) + 1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,7 +70,7 @@ def compare(ops: Any, rows: int, ins: int, outs: int, with_bias: bool, dtype: to
     got = products(ops, x, weight, bias, dy)
     wide = [None if t is None else t.double() for t in (x, weight, bias, dy)]
     own, exact = plain(x, weight, bias, dy), plain(*wide)  # type: ignore[arg-type]
-    for what, g, t, e in zip(("y", "dx", "dW", "dW sum", "db sum"), got, own, exact, strict=True):
+    for what, g, t, e in zip(("y", "dx", "dW", "dW + 1", "dW sum", "db sum"), got, own, exact, strict=True):
         # Terms of order one, `rows` of them: what fp32 sums may lose where they cancel.
         slack = 1e-6 * max(rows, ins, outs) ** 0.5
         close(g, t, e, what, slack)
@@ -146,7 +148,7 @@ def test_errors_have_numbers(ops: Any) -> None:
         ops.linear_(y[:, :5], x, weight, None)
     with pytest.raises(ValueError, match=r"dy is BFloat16 \[3, 6\] and x BFloat16 \[4, 8\]"):
         ops.linear_weight_gradient_(torch.ones(6, 8), None, y[:3], x, True)
-    with pytest.raises(TypeError, match="dweight is BFloat16; to be added to it must be Float"):
-        ops.linear_weight_gradient_(weight, None, y, x, True)
+    with pytest.raises(TypeError, match="dweight is Half; it can be Float or that of x, BFloat16"):
+        ops.linear_weight_gradient_(weight.half(), None, y, x, True)
     with pytest.raises(TypeError, match="supported are fp32, bf16, fp16, fp64"):
         ops.linear_(y.int(), x.int(), weight.int(), None)
