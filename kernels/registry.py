@@ -1,11 +1,14 @@
 """Which implementations each op has on this machine, which one is used, and why the others are not.
 
-The preference order per device is data below. A choice by name is honoured or refused, never replaced.
+The preference order per device is data below; measurements of this machine (profile.py) may put another implementation
+first. A choice by name is honoured or refused, never replaced.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
+
+import torch
 
 from . import (
     adamw,
@@ -18,6 +21,7 @@ from . import (
     linear,
     linear_cross_entropy,
     native,
+    profile,
     rms_norm,
     rope,
     swiglu,
@@ -120,45 +124,65 @@ class Kernels:
     adamw_: Op
     grad_norm: Op
     names: dict[str, str]
+    origins: dict[str, str]
+    """By op: "preference", "profile" or "config", whichever made the choice."""
 
 
-OPS = tuple(field.name for field in fields(Kernels) if field.name != "names")
+OPS = tuple(field.name for field in fields(Kernels) if field.name not in ("names", "origins"))
 
 
 class Row(NamedTuple):
-    """One line of `table`."""
+    """One line of `table`. `why` says of the chosen one what chose it, and of the others what they are behind."""
 
     op: str
     implementation: str
     available: bool
     why_not: str
     chosen: bool
+    why: str
 
 
-def choose(device: str, overrides: Mapping[str, str] | None = None) -> Kernels:
+_BEHIND = {
+    "preference": "can run; {} is preferred",
+    "profile": "can run; {} was measured to be faster",
+    "config": "can run; the config names {}",
+}
+
+
+class _Choice(NamedTuple):
+    implementation: Implementation
+    origin: str
+    why: str
+
+
+def choose(device: str, overrides: Mapping[str, str] | None = None, dtype: torch.dtype | None = None) -> Kernels:
     """The implementation of every op for "cpu" or "cuda" (an index, as in "cuda:0", is allowed).
 
-    `overrides` maps ops to implementation names. KernelUnavailable when one is unknown or cannot run here; the message
-    says what can.
+    `overrides` maps ops to implementation names. `dtype` is that of the model: measurements in it count where there are
+    some. KernelUnavailable when an override is unknown or cannot run here; the message says what can.
     """
-    chosen = _choose(device, overrides or {})
+    chosen = _choose(device, overrides or {}, dtype)
     return Kernels(
-        **{op: implementation.function for op, implementation in chosen.items()},
-        names={op: implementation.name for op, implementation in chosen.items()},
+        **{op: choice.implementation.function for op, choice in chosen.items()},
+        names={op: choice.implementation.name for op, choice in chosen.items()},
+        origins={op: choice.origin for op, choice in chosen.items()},
     )
 
 
-def table(device: str, overrides: Mapping[str, str] | None = None) -> list[Row]:
+def table(device: str, overrides: Mapping[str, str] | None = None, dtype: torch.dtype | None = None) -> list[Row]:
     """Every implementation of every op on `device`: whether it can run, why not, and whether it is the one in use."""
-    chosen = _choose(device, overrides or {}).values()
+    chosen = _choose(device, overrides or {}, dtype)
     kind = device.split(":")[0]
-    return [
-        Row(row.op, row.name, not row.why_not(kind), row.why_not(kind), row in chosen)
-        for row in sorted(IMPLEMENTATIONS, key=lambda row: OPS.index(row.op))
-    ]
+    rows = []
+    for row in sorted(IMPLEMENTATIONS, key=lambda row: OPS.index(row.op)):
+        used, why_not = chosen[row.op], row.why_not(kind)
+        is_used = row is used.implementation
+        why = used.why if is_used else "" if why_not else _BEHIND[used.origin].format(used.implementation.name)
+        rows.append(Row(row.op, row.name, not why_not, why_not, is_used, why))
+    return rows
 
 
-def _choose(device: str, overrides: Mapping[str, str]) -> dict[str, Implementation]:
+def _choose(device: str, overrides: Mapping[str, str], dtype: torch.dtype | None) -> dict[str, _Choice]:
     kind = device.split(":")[0]
     if kind not in ("cpu", "cuda"):
         raise KernelUnavailable(f"kernels: device is {device!r}; there are implementations for cpu and cuda")
@@ -168,14 +192,18 @@ def _choose(device: str, overrides: Mapping[str, str]) -> dict[str, Implementati
     unknown = sorted(set(overrides) - set(OPS))
     if unknown:
         raise KernelUnavailable(f"kernels: there is no op {', '.join(unknown)}; the ops are {', '.join(OPS)}")
-    return {op: _one(op, kind, overrides.get(op)) for op in OPS}
+    measured, dtype_name = profile.load(device), profile.DTYPES.get(dtype, "") if dtype else ""
+    return {op: _one(op, kind, overrides.get(op), measured, dtype_name) for op in OPS}
 
 
-def _one(op: str, device: str, name: str | None) -> Implementation:
+def _one(op: str, device: str, name: str | None, measured: profile.Profile, dtype: str) -> _Choice:
     rows = [row for row in IMPLEMENTATIONS if row.op == op]
     usable = [row for row in rows if not row.why_not(device)]
     if name is None:
-        return usable[0]
+        best, why = measured.better(op, dtype, usable[0].name, [row.name for row in usable])
+        if not why:
+            return _Choice(usable[0], "preference", "by preference")
+        return _Choice(next(row for row in usable if row.name == best), "profile", f"by profile: {why}")
     for row in rows:
         if row.name == name and row.why_not(device):
             raise KernelUnavailable(
@@ -183,7 +211,7 @@ def _one(op: str, device: str, name: str | None) -> Implementation:
                 f"available: {', '.join(row.name for row in usable)}"
             )
         if row.name == name:
-            return row
+            return _Choice(row, "config", "by config")
     raise KernelUnavailable(
         f"kernels.{op}: there is no implementation {name!r}; available on {device}: "
         f"{', '.join(row.name for row in usable)}"

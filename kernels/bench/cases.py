@@ -15,7 +15,7 @@ import difflib
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -117,26 +117,51 @@ IN_PLACE: dict[str, list[tuple[str, Function, Callable[[str], str]]]] = {
         ("native", _native_cross_entropy_, registry._needs_native("cross_entropy_")),
         ("triton", _triton_cross_entropy_, triton.why_not),
     ],
-    "rope_": [("triton", triton.rope_, triton.why_not)],
 }
 
 
 def build(op: str, sizes: Sizes, dtype: str, device: str) -> Case:
     """The case of `op` at these sizes, on the device. Sizes that the op does not have are left aside.
 
-    BenchError when there is no such op or dtype here, or when a size is missing.
+    BenchError as `check`.
     """
-    if op not in ops():
-        raise BenchError(f"bench kernels: there is no op {op!r}{_meant(op, ops())}; the ops are {', '.join(ops())}")
-    if dtype not in DTYPES:
-        raise BenchError(f"bench kernels: there is no dtype {dtype!r}; the dtypes are {', '.join(DTYPES)}")
-    missing = [name for name in NEEDS[op] if name not in sizes]
-    if missing:
-        given = ", ".join(sizes) or "none"
-        raise BenchError(f"bench kernels: {op} needs the sizes {', '.join(NEEDS[op])}; given are {given}")
+    check(op, sizes, dtype)
     registry.choose(device)  # registers the ops
     torch.manual_seed(0)
-    return BUILDERS[op]({**sizes}, dtype, device)
+    return BUILDERS[op](complete(sizes), dtype, device)
+
+
+def check(op: str, sizes: Sizes, dtype: str) -> None:
+    """BenchError when there is no such op or dtype here, when a size is missing, or when sizes do not fit."""
+    if op not in ops():
+        raise BenchError(f"there is no op {op!r}{meant(op, ops())}; the ops are {', '.join(ops())}")
+    if dtype not in DTYPES:
+        raise BenchError(f"there is no dtype {dtype!r}{meant(dtype, DTYPES)}; the dtypes are {', '.join(DTYPES)}")
+    known = complete(sizes)
+    if any(name not in known for name in NEEDS[op]):
+        raise BenchError(f"{op} needs the sizes {', '.join(NEEDS[op])}; given are {', '.join(sizes) or 'none'}")
+    heads, k_heads = known.get("N", 1), known.get("K", known.get("N", 1))
+    if op == "attention" and heads % k_heads:
+        raise BenchError(f"attention: N = {heads} query heads are no multiple of K = {k_heads} key heads")
+    if op in ("rope", "rope_") and known["D"] % 2:
+        raise BenchError(f"{op}: D = {known['D']}; positions turn pairs, so the head dim must be even")
+    if op == "attention" and known.get("documents", 0) > known["S"]:
+        raise BenchError(f"attention: {known['documents']} documents do not fit a row of {known['S']} tokens")
+    if "V" in NEEDS[op] and known.get("pad", 0) >= known["V"]:
+        raise BenchError(f"{op}: pad = {known['pad']} leaves none of V = {known['V']} columns")
+
+
+def complete(sizes: Sizes) -> dict[str, int]:
+    """The sizes with what follows from them: T = B S, S = T where there is one row, D = H / N."""
+    found = dict(sizes)
+    if "T" not in found and "B" in found and "S" in found:
+        found["T"] = found["B"] * found["S"]
+    if "T" in found:
+        found.setdefault("S", found["T"] // found.get("B", 1))
+        found.setdefault("B", max(found["T"] // max(found["S"], 1), 1))
+    if "D" not in found and "H" in found and "N" in found:
+        found["D"] = found["H"] // found["N"]
+    return found
 
 
 def ops() -> tuple[str, ...]:
@@ -144,7 +169,8 @@ def ops() -> tuple[str, ...]:
     return tuple(op for op in BUILDERS if op in registry.OPS or op in IN_PLACE)
 
 
-def _meant(word: str, known: Any) -> str:
+def meant(word: str, known: Iterable[str]) -> str:
+    """ " (did you mean gelu?)" where a known word is close; else nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -252,23 +278,27 @@ def rope(sizes: Sizes, dtype: str, device: str) -> Case:
 
 
 def rope_(sizes: Sizes, dtype: str, device: str) -> Case:
-    sizes, fresh, (cos, sin) = _rope_inputs(sizes, dtype, device)
-    q_and_k = [t.clone() for t in fresh]
-    wide = [torch.cat((table, table), -1)[None, :, None].to(fresh[0].dtype) for table in (cos, sin)]
+    """Queries and keys turned where they lie in the joined heads [B, S, N + 2K, D] of one projection."""
+    sizes, (q, k), (cos, sin) = _rope_inputs(sizes, dtype, device)
+    heads, k_heads = sizes["N"], sizes["K"]
+    fresh = torch.cat((q, k, torch.randn_like(k)), 2)
+    qkv = fresh.clone()
+    wide = [torch.cat((table, table), -1)[None, :, None].to(q.dtype) for table in (cos, sin)]
 
     def adapt(function: Function) -> Function:
-        def step() -> list[Tensor]:
-            function(*q_and_k, cos, sin)
-            return q_and_k
-
-        return step
+        return lambda: list(function(qkv, heads, k_heads, cos, sin))
 
     def plain(wrap: Wrap) -> Function:
         rotate = wrap(lambda q, k: [_rotate_half(q, *wide), _rotate_half(k, *wide)])
-        return lambda: rotate(*q_and_k)
+
+        def step() -> list[Tensor]:
+            q, k, v = qkv.split((heads, k_heads, k_heads), dim=2)
+            return [*rotate(q, k), v]
+
+        return step
 
     work = {"step": cost("rope", sizes, dtype)}
-    return Case("rope_", sizes, dtype, device, "copy", work, adapt, plain, prepare=_refill(q_and_k, fresh))
+    return Case("rope_", sizes, dtype, device, "copy", work, adapt, plain, prepare=_refill([qkv], [fresh]))
 
 
 def _refill(targets: list[Tensor], sources: list[Tensor]) -> Callable[[], None]:
@@ -399,6 +429,34 @@ def linear_cross_entropy(sizes: Sizes, dtype: str, device: str) -> Case:
     )  # fmt: skip
 
 
+def linear(sizes: Sizes, dtype: str, device: str) -> Case:
+    sizes = _take(sizes, "T", "I", "O", bias=0)
+    rows, ins, outs = sizes["T"], sizes["I"], sizes["O"]
+    leaves = [_randn((rows, ins), dtype, device), _randn((outs, ins), dtype, device, scale=ins**-0.5)]
+    leaves += [_randn((outs,), dtype, device)] * ("bias" in sizes)
+    upstream = [_randn((rows, outs), dtype, device)]
+    work = _twice("linear", sizes, dtype)
+    return Case(
+        "linear", sizes, dtype, device, "product", work, lambda f: f, lambda wrap: wrap(F.linear), leaves, upstream
+    )  # fmt: skip
+
+
+def embedding(sizes: Sizes, dtype: str, device: str) -> Case:
+    sizes = _take(sizes, "T", "V", "H")
+    tokens = torch.randint(0, sizes["V"], (sizes["T"],), device=device)
+    leaves = [_randn((sizes["V"], sizes["H"]), dtype, device)]
+    upstream = [_randn((sizes["T"], sizes["H"]), dtype, device)]
+
+    def adapt(function: Function) -> Function:
+        return lambda weight: function(tokens, weight)
+
+    work = _twice("embedding", sizes, dtype)
+    return Case(
+        "embedding", sizes, dtype, device, "copy", work, adapt, lambda wrap: wrap(lambda w: F.embedding(tokens, w)),
+        leaves, upstream,
+    )  # fmt: skip
+
+
 def attention(sizes: Sizes, dtype: str, device: str) -> Case:
     """Causal. `documents` cuts each row into that many of unequal length; FLOPs are counted inside them."""
     sizes = _take({**sizes, "K": sizes.get("K", sizes["N"])}, "B", "S", "N", "K", "D", documents=0, window=0)
@@ -408,8 +466,6 @@ def attention(sizes: Sizes, dtype: str, device: str) -> Case:
     window, documents = sizes.get("window"), sizes.get("documents", 0)
     ends = [0, length]
     if documents:
-        if documents > length:
-            raise BenchError(f"bench kernels: attention: {documents} documents do not fit a row of {length} tokens")
         generator = torch.Generator().manual_seed(0)
         ends = sorted({0, length, *(torch.randperm(length - 1, generator=generator)[: documents - 1] + 1).tolist()})
     cu_seqlens = None
@@ -538,6 +594,8 @@ def grad_norm(sizes: Sizes, dtype: str, device: str) -> Case:
 
 
 BUILDERS: dict[str, Callable[[Sizes, str, str], Case]] = {
+    "linear": linear,
+    "embedding": embedding,
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
     "rope": rope,
@@ -553,6 +611,8 @@ BUILDERS: dict[str, Callable[[Sizes, str, str], Case]] = {
     "grad_norm": grad_norm,
 }
 NEEDS: dict[str, tuple[str, ...]] = {
+    "linear": ("T", "I", "O"),
+    "embedding": ("T", "V", "H"),
     "layer_norm": ("T", "H"),
     "rms_norm": ("T", "H"),
     "rope": ("T", "N", "D"),
@@ -567,7 +627,29 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "adamw_": ("P",),
     "grad_norm": ("P",),
 }
-"""The sizes that each op must be given."""
+"""The sizes that each op must be given, or that follow from others (`complete`)."""
+
+LEGEND = {
+    "T": "tokens",
+    "B": "batch",
+    "S": "sequence length",
+    "H": "hidden",
+    "N": "query heads",
+    "K": "key heads",
+    "D": "head dim",
+    "F": "ffn width",
+    "V": "vocabulary",
+    "P": "parameters",
+    "I": "inputs of linear",
+    "O": "outputs of linear",
+    "residual": "1: a norm adds one",
+    "bias": "1: linear adds one",
+    "pad": "columns of V that do not exist",
+    "documents": "documents in each row",
+    "window": "keys that a query sees",
+    "grad_bytes": "of a gradient's element: 4 or 2",
+}
+"""Every size there is."""
 
 
 def distance(got: Tensor, known: Tensor) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import registry
-from .cases import DTYPES, Case, Provider, distance
+from .cases import DTYPES, Case, Provider, distance, implementations
 from .timer import Ceilings, Timer, Work, quantile
 
 
@@ -138,13 +138,13 @@ class Runner:
         usable = {name: provider for name, provider in case.providers().items() if not provider.why_not}
         if self.wanted:
             return {name: provider for name, provider in usable.items() if name in self.wanted}
-        own = [name for name, provider in usable.items() if not provider.peer]
-        left_out = {"compile"} | ({"reference"} if own != ["reference"] else set())
+        rows = [row.name for row in implementations(case.op) if row.name in usable]
+        left_out = {"compile"} | ({"reference"} if rows != ["reference"] else set())
         return {name: provider for name, provider in usable.items() if name not in left_out}
 
     def _in_use(self, case: Case) -> str:
         if case.op in registry.OPS:
-            return registry.choose(self.device).names[case.op]
+            return registry.choose(self.device, None, DTYPES[case.dtype]).names[case.op]
         return next((name for name, provider in case.providers().items() if not provider.why_not), "")
 
     def _measure(self, case: Case, mode: str, rows: dict[str, Row], works: dict[str, Work], share: float) -> None:

@@ -46,7 +46,7 @@ GPU_QUICK = (
     Entry("attention", {"B": 2, "S": 8192, "N": 64, "K": 8, "D": 128, "documents": 8}),
     Entry("attention", {"B": 2, "S": 8192, "N": 64, "K": 8, "D": 128}),
     Entry("swiglu", {"T": 8192, "F": 14336}),
-    Entry("rope_", {"T": 8192, "N": 32, "K": 8, "D": 128}),
+    Entry("rope", {"T": 8192, "N": 32, "K": 8, "D": 128}),
     Entry("adamw_", {"P": 250_000_000, "grad_bytes": 2}),
     Entry("grad_norm", {"P": 500_000_000}, "fp32"),
 )
@@ -85,6 +85,16 @@ def of_sizes(op: str, sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
         yield sizes
         yield {**sizes, "documents": min(4, sizes["S"])}
         yield {**sizes, "window": max(sizes["S"] // 4, 1)}
+    elif op == "linear":
+        heads, gate = sizes["N"] * sizes["D"], 1 + sizes.get("gated", 0)
+        key_heads = sizes["K"] * sizes["D"]
+        for ins, outs in (
+            (sizes["H"], heads + 2 * key_heads),
+            (heads, sizes["H"]),
+            (sizes["H"], gate * sizes["F"]),
+            (sizes["F"], sizes["H"]),
+        ):
+            yield {**sizes, "I": ins, "O": outs}
     elif op in ("adamw_", "grad_norm"):
         yield {**sizes, "P": min(sizes["P"], MOST_PARAMETERS)}
     else:

@@ -4,6 +4,8 @@ It is for when things are broken, so nothing here may need what it reports on: e
 fails becomes a line that says so.
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.metadata
 import os
@@ -11,10 +13,15 @@ import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Fact = tuple[str, str]
 """What it is, and what was found."""
@@ -51,6 +58,11 @@ def run() -> int:
         for what, found in facts(probe):
             table.add_row(Text(f"  {what}"), Text(found))
         console.print(Text(title, style="bold"), table, "", sep="\n")
+    console.print(Text("Kernels, in order of preference", style="bold"))
+    try:
+        kernels(console)
+    except Exception as error:  # as in `facts`
+        console.print(Text(f"  failed  {type(error).__name__}: {error}"))
     if broken := _torch_is_broken():
         console.print(Text(f"torch does not import, so nothing can train here: {broken}", style="bold red"))
     return 1 if broken else 0
@@ -142,16 +154,40 @@ def tools() -> Iterator[Fact]:
             yield variable, os.environ[variable]
 
 
-def kernels() -> Iterator[Fact]:
+def profile() -> Iterator[Fact]:
+    torch = importlib.import_module("torch")
+    profiles = importlib.import_module("megapre.kernels.profile")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it would say is what is shown here
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            yield f"{device} profile", profiles.load(device).state
+
+
+def kernels(console: Console) -> None:
+    """For each device a table: every implementation of each op, the one in use and why, and why not the others."""
+    from rich.table import Table
+    from rich.text import Text
+
     torch = importlib.import_module("torch")
     registry = importlib.import_module("megapre.kernels")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        ops: dict[str, list[str]] = {}
-        for row in registry.table(device):
-            state = "(used)" if row.chosen else "" if row.available else f"({row.why_not})"
-            ops.setdefault(row.op, []).append(f"{row.implementation} {state}".strip())
-        for op, implementations in ops.items():
-            yield f"{device} {op}", ", ".join(implementations)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for column, width in (("  op", 24), ("implementation", 16), ("", 7)):
+            table.add_column(column, width=width, no_wrap=True)
+        table.add_column(f"on {device}", overflow="fold")
+        reasons: dict[str, int] = {}
+        last = ""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rows = registry.table(device)
+        for row in rows:
+            op, last = ("" if row.op == last else f"  {row.op}"), row.op
+            note = f"not here ({reasons.setdefault(row.why_not, len(reasons) + 1)})" if row.why_not else row.why
+            used, style = ("in use", "bold") if row.chosen else ("", "" if row.available else "dim")
+            table.add_row(*(Text(cell) for cell in (op, row.implementation, used, note)), style=style)
+        console.print(table)
+        for reason, number in reasons.items():
+            console.print(Text(f"  ({number}) {reason}", style="dim"))
 
 
 def disk() -> Iterator[Fact]:
@@ -165,7 +201,7 @@ SECTIONS: tuple[tuple[str, Callable[[], Iterator[Fact]]], ...] = (
     ("CPU", cpu),
     ("GPU", gpus),
     ("Native code", native),
-    ("Kernels, in order of preference", kernels),
+    ("Measured kernels", profile),
     ("Build tools", tools),
     ("Disk", disk),
 )

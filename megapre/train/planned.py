@@ -23,7 +23,8 @@ class TooLarge(UserError):
 
 def plan_of(cfg: Config, device: torch.device) -> plan.Plan:
     """The prediction for one rank on `device`. Raises TooLarge where not even the parameters' state would fit."""
-    fused_loss = kernels.choose(device.type, cfg.kernels).names["cross_entropy"] != "reference"
+    ops = kernels.choose(device.type, cfg.kernels, machine.DTYPES[cfg.run.dtype])
+    fused_loss = ops.names["cross_entropy"] != "reference"
     found = plan.predict(cfg, Mesh(1), device.type, machine.describe(device), fused_loss)
     memory = found.memory
     state = memory.weights + memory.gradients + memory.master + memory.moments

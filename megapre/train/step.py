@@ -104,8 +104,9 @@ class Engine:
 
 def build_model(cfg: Config, device: torch.device) -> Transformer:
     """The model over the kernels of `device`, its weights not yet set. Raises KernelUnavailable."""
-    ops = kernels.choose(device.type, cfg.kernels)
-    return Transformer(cfg.model, ops, dtype=DTYPES[cfg.run.dtype], device=device)
+    dtype = DTYPES[cfg.run.dtype]
+    ops = kernels.choose(device.type, cfg.kernels, dtype)
+    return Transformer(cfg.model, ops, dtype=dtype, device=device)
 
 
 def check_tokens(batch: GlobalBatch, vocab: int) -> None:
