@@ -19,10 +19,29 @@ extern "C" __attribute__((visibility("default"), used)) const char megapre_built
     "megapre-built-for-torch=" MEGAPRE_TORCH_VERSION ";";
 
 TORCH_LIBRARY(megapre, m) {
+  // y = (h - mean) * rstd * weight + bias, rstd = 1/sqrt(var(h) + eps), h = x + residual. `h` is empty without a residual.
+  m.def(
+      "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual)"
+      " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)");
+  // dbias is empty without a bias.
+  m.def(
+      "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)");
+
   // y = h * rstd * weight with rstd = 1/sqrt(mean(h^2) + eps), h = x + residual. `h` is empty without a residual.
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor y, Tensor h, Tensor rstd)");
   m.def(
       "rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd) -> (Tensor dx, Tensor dweight)");
+
+  // gelu(x + bias), with Phi in its tanh form or exact; dbias is empty without a bias.
+  m.def("gelu(Tensor x, Tensor? bias, bool tanh) -> Tensor");
+  m.def("gelu_backward(Tensor dy, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)");
+
+  // act(gate) * up of x = [gate, up] along the last dim, act = silu or gelu in its tanh form.
+  m.def("swiglu(Tensor x) -> Tensor");
+  m.def("swiglu_backward(Tensor dy, Tensor x) -> Tensor");
+  m.def("geglu(Tensor x) -> Tensor");
+  m.def("geglu_backward(Tensor dy, Tensor x) -> Tensor");
 
   // Losses and log-sum-exp are fp32 (fp64 for fp64 logits). Columns from `vocab` on are padding: never read.
   m.def(

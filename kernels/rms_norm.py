@@ -94,8 +94,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     h, weight, rstd = ctx.saved_tensors
-    dy = torch.zeros_like(h) if dy is None else dy
-    dx, dweight = torch.ops.megapre.rms_norm_backward(dy, dh if ctx.has_residual else None, h, weight, rstd)
+    dh = dh if ctx.has_residual else None
+    if dy is None:  # the stream went on and its norm was not used
+        return dh, None, None, dh
+    dx, dweight = torch.ops.megapre.rms_norm_backward(dy, dh, h, weight, rstd)
     return dx, dweight, None, dx if ctx.has_residual else None
 
 

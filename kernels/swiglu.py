@@ -67,6 +67,16 @@ def geglu_recomputed(x_2F: Tensor) -> Tensor:
     return torch.ops.megapre.geglu(x_2F)  # type: ignore[no-any-return]
 
 
+def native(x_2F: Tensor) -> Tensor:
+    """SwiGLU through the C++ form of `megapre::swiglu`: one pass each way. As `reference`."""
+    return torch.ops.megapre.swiglu(x_2F)  # type: ignore[no-any-return]
+
+
+def geglu_native(x_2F: Tensor) -> Tensor:
+    """GeGLU through the C++ form of `megapre::geglu`: one pass each way. As `geglu_reference`."""
+    return torch.ops.megapre.geglu(x_2F)  # type: ignore[no-any-return]
+
+
 # The registered ops: kernels in plain torch, fake tensors, autograd.
 
 

@@ -7,6 +7,7 @@
 #include <ATen/cpu/vec/vec.h>
 #include <c10/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -59,6 +60,17 @@ inline void store_lanes(T* p, const Lanes<acc_t<T>>& v, int64_t count = kLanes<T
   }
 }
 
+// The first `count` lanes of v, the others zero.
+template <typename A>
+inline Lanes<A> first_lanes(const Lanes<A>& v, int64_t count) {
+  return Lanes<A>::set(Lanes<A>(0), v, count);
+}
+
+template <typename A>
+inline const Lanes<A>& first_lanes(const Lanes<A>& v) {
+  return v;
+}
+
 template <typename A>
 inline A sum(const Lanes<A>& v) {
   using V = at::vec::Vectorized<A>;
@@ -69,6 +81,65 @@ template <typename A>
 inline A max(const Lanes<A>& v) {
   using V = at::vec::Vectorized<A>;
   return at::vec::vec_reduce_all([](const V& a, const V& b) { return at::vec::maximum(a, b); }, v);
+}
+
+// Calls step(i) for every whole group of kLanes<T> of `width` elements, then step(i, rest) for the `rest` behind them.
+// What step takes as `auto... count` it hands on to load_lanes, first_lanes and store_lanes.
+template <typename T, typename F>
+inline void for_lanes(int64_t width, const F& step) {
+  constexpr int64_t n = kLanes<T>;
+  int64_t i = 0;
+  for (; i + n <= width; i += n) {
+    step(i);
+  }
+  if (i < width) {
+    step(i, width - i);
+  }
+}
+
+// kSums sums over a row: step(total, i, count...) adds group i to total[0 .. kSums). Two independent sets of them hide
+// the latency of the additions.
+template <typename T, int kSums, typename F>
+inline void sum_row(int64_t width, acc_t<T>* sums, const F& step) {
+  using A = acc_t<T>;
+  constexpr int64_t n = kLanes<T>;
+  Lanes<A> even[kSums], odd[kSums];
+  for (int at = 0; at < kSums; ++at) {
+    even[at] = odd[at] = Lanes<A>(0);
+  }
+  int64_t i = 0;
+  for (; i + 2 * n <= width; i += 2 * n) {
+    step(even, i);
+    step(odd, i + n);
+  }
+  if (i + n <= width) {
+    step(even, i);
+    i += n;
+  }
+  if (i < width) {
+    step(odd, i, width - i);
+  }
+  for (int at = 0; at < kSums; ++at) {
+    sums[at] = sum<A>(even[at] + odd[at]);
+  }
+}
+
+// Sums over rows [begin, end) of what row_terms(row, block) adds to block[0 .. width), left in sums[0 .. width); the
+// block is the `width` elements behind them. Long sums lose digits: 32 rows are summed first, then blocks are added up.
+template <typename A, typename F>
+inline void sum_blocks(A* sums, int64_t width, int64_t begin, int64_t end, const F& row_terms) {
+  constexpr int64_t kBlockRows = 32;
+  A* block = sums + width;
+  std::fill_n(sums, width, A(0));
+  for (int64_t first = begin; first < end; first += kBlockRows) {
+    std::fill_n(block, width, A(0));
+    for (int64_t row = first; row < std::min(first + kBlockRows, end); ++row) {
+      row_terms(row, block);
+    }
+    for (int64_t i = 0; i < width; ++i) {
+      sums[i] += block[i];
+    }
+  }
 }
 
 // Calls f(T{}) with the C++ type of `dtype`. The driver has refused every other dtype before.

@@ -19,6 +19,11 @@ inline c10::ScalarType acc_dtype(c10::ScalarType dtype) {
   return dtype == c10::kDouble ? c10::kDouble : c10::kFloat;
 }
 
+// A vector of weights, or of biases, as the row loops of x read it.
+inline at::Tensor to_acc(const at::Tensor& vector, const at::Tensor& x) {
+  return vector.to(acc_dtype(x.scalar_type())).contiguous();
+}
+
 // `stride` elements lie between the starts of two rows; elements of a row are neighbours.
 struct Rows {
   at::Tensor holder;
@@ -27,17 +32,37 @@ struct Rows {
   int64_t stride;
 
   // Copies only what has no single row stride.
-  explicit Rows(const at::Tensor& t) : holder(t), width(t.size(-1)) {
-    const bool strided = t.dim() == 2 && (t.stride(1) == 1 || width == 1);
-    if (!strided) {
-      holder = t.contiguous();
-    }
+  explicit Rows(const at::Tensor& t) : holder(t), width(t.size(-1)), stride(row_stride(t)) {
     count = c10::multiply_integers(t.sizes().slice(0, t.dim() - 1));
-    stride = strided ? t.stride(0) : width;
+    if (stride < 0) {
+      holder = t.contiguous();
+      stride = width;
+    }
   }
 
   void* data() const {
     return holder.data_ptr();
+  }
+
+ private:
+  // The distance from every row to the next across all leading dims; -1 where there is no such number.
+  static int64_t row_stride(const at::Tensor& t) {
+    if (t.stride(-1) != 1 && t.size(-1) > 1) {
+      return -1;
+    }
+    int64_t stride = t.size(-1), outer = -1;
+    for (int64_t dim = t.dim() - 2; dim >= 0; --dim) {
+      if (t.size(dim) == 1) {  // its stride means nothing
+        continue;
+      }
+      if (outer == -1) {
+        stride = t.stride(dim);
+      } else if (t.stride(dim) != outer) {
+        return -1;
+      }
+      outer = t.stride(dim) * t.size(dim);
+    }
+    return stride;
   }
 };
 

@@ -61,6 +61,18 @@ def test_rms_norm_obeys_the_rule(
     twice(actual, own, [x, weight, *([extra] if residual else [])])
 
 
+@pytest.mark.op("layer_norm")
+def test_layer_norm_gradients_through_one_output_only(device: str, implementation: str) -> None:
+    op = kernels.choose(device, {"layer_norm": implementation}).layer_norm
+    x, weight, bias, residual = inputs(5, 33, torch.float32, device, 4)
+    for at in (0, 1):
+        twice(
+            lambda x, w, b, r, at=at: op(x, w, b, 1e-5, r)[at] + 0 * (w * b).sum(),
+            lambda x, w, b, r, at=at: (F.layer_norm(x + r, (33,), w, b, 1e-5), x + r)[at] + 0 * (w * b).sum(),
+            [x, weight, bias, residual],
+        )
+
+
 @pytest.mark.op("rms_norm")
 def test_rms_norm_gradients_through_one_output_only(device: str, implementation: str) -> None:
     op = kernels.choose(device, {"rms_norm": implementation}).rms_norm

@@ -26,6 +26,19 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
     wide = torch.float32
     target, one = labels(device), torch.ones((), device=device)
     return {
+        "layer_norm": [
+            (leaf(5, 12), leaf(12), leaf(12), 1e-5, None),
+            (leaf(2, 5, 12), leaf(12), None, 1e-5, leaf(2, 5, 12)),
+            (leaf(12, 5).T, leaf(12), leaf(12), 1e-5, None),
+            (leaf(0, 12), leaf(12), leaf(12), 1e-5, None),
+        ],
+        "layer_norm_backward": [
+            (
+                *(leaf(5, 12).detach(), dh, leaf(5, 12).detach(), leaf(12).detach(), bias),
+                *(torch.rand(5, device=device), torch.rand(5, device=device)),
+            )
+            for dh, bias in ((None, leaf(12).detach()), (leaf(5, 12).detach(), None))
+        ],
         "rms_norm": [
             (leaf(5, 12), leaf(12), 1e-6, None),
             (leaf(2, 5, 12), leaf(12), 1e-6, leaf(2, 5, 12)),
@@ -35,6 +48,14 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
         "rms_norm_backward": [
             (leaf(5, 12).detach(), dh, leaf(5, 12).detach(), leaf(12).detach(), torch.rand(5, device=device))
             for dh in (None, leaf(5, 12).detach())
+        ],
+        "gelu": [
+            *((leaf(5, 12), bias, tanh) for bias in (None, leaf(12)) for tanh in (True, False)),
+            (leaf(12, 5).T, leaf(12), True),
+            (leaf(0, 12), leaf(12), True),
+        ],
+        "gelu_backward": [
+            (leaf(5, 12).detach(), leaf(5, 12).detach(), bias, True) for bias in (None, leaf(12).detach())
         ],
         "swiglu": [(leaf(5, 12),), (leaf(12, 5).T,), (leaf(0, 4),)],
         "swiglu_backward": [(leaf(5, 6).detach(), leaf(5, 12).detach())],
@@ -132,7 +153,10 @@ def calls(device: str) -> dict[str, list[tuple[Call, list[tuple[int, ...]]]]]:
             (lambda op: lambda q, k: op(q, k, cos, sin), [(2, 5, 2, 4), (2, 5, 1, 4)]),
             (lambda op: lambda q, k: op(q, k, cos, sin, interleaved=True), [(2, 5, 2, 4), (2, 5, 1, 4)]),
         ],
-        "gelu": [(lambda op: lambda x, b: op(x, b), [(3, 8), (8,)])],
+        "gelu": [
+            (lambda op: lambda x, b: op(x, b), [(3, 8), (8,)]),
+            (lambda op: lambda x: op(x, None, "none"), [(3, 8)]),
+        ],
         "swiglu": [(lambda op: lambda x: op(x), [(3, 8)])],
         "geglu": [(lambda op: lambda x: op(x), [(3, 8)])],
         "cross_entropy": [(lambda op: lambda x: op(x, target, *SETTINGS), [(5, 11)])],
