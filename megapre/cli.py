@@ -46,6 +46,9 @@ def cli() -> None:
     megapre train gpt2-124m data.train=data/text run.steps=1000
     megapre sample runs/gpt2-124m --prompt "Once upon a time"
     """
+    from .train import cpu_runtime
+
+    cpu_runtime.before_torch(os.environ)
 
 
 @cli.command(cls=WithKnobs)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
+from ..train import cpu_runtime
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,15 +97,10 @@ def cpu() -> Iterator[Fact]:
     info = {key.strip(): value.strip() for key, _, value in lines}
     flags = set(info.get("flags", "").split())
     yield "model", info.get("model name", platform.processor() or platform.machine())
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "cores", f"{usable} usable of {os.cpu_count()}"
     yield "features", ", ".join(flag for flag in CPU_FLAGS if flag in flags) or "none of " + ", ".join(CPU_FLAGS)
     yield "memory", f"{_gib(_memory('MemAvailable'))} free of {_gib(_memory('MemTotal'))}"
-    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        if variable in os.environ:
-            yield variable, os.environ[variable]
+    yield from cpu_runtime.facts(os.environ)
     torch = importlib.import_module("torch")
-    yield "torch's threads", str(torch.get_num_threads())
     yield "torch's code path", torch.backends.cpu.get_cpu_capability()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import resource
@@ -15,13 +14,12 @@ import torch
 
 from megapre.errors import UserError
 
+from . import cpu_runtime
+
 if TYPE_CHECKING:
     from megapre.config import Run
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-# mallopt parameters of glibc's <malloc.h>.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 class DeviceError(UserError):
@@ -29,37 +27,22 @@ class DeviceError(UserError):
 
 
 def prepare(run: Run) -> torch.device:
-    """Chooses the device and applies `run.threads`, `run.deterministic` and `run.seed`. Raises DeviceError."""
+    """Chooses the device and applies threads, keep_memory, deterministic and seed of `run`. Raises DeviceError."""
     if run.device == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
             f"run.device = cuda, but torch {torch.__version__} sees no CUDA device; set run.device=cpu or auto"
         )
     kind = "cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if run.threads:
-        torch.set_num_threads(run.threads)
+    cpu_runtime.set_threads(run.threads)
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(run.seed)
     if kind == "cpu":
-        keep_freed_memory()
+        if run.keep_memory:
+            cpu_runtime.keep_freed_memory()
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory instead of returning each large tensor to the kernel.
-
-    torch has no caching allocator on the CPU, so that without this every large activation of every step is mapped,
-    zeroed and faulted in page by page anew: 4% of the time of a step of GPT-2 124M (4 x 512 tokens, bf16, AMD EPYC),
-    for 3% more memory. Elsewhere than on glibc nothing happens.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1 & 0x7FFFFFFF)
 
 
 Mark = float | torch.cuda.Event
