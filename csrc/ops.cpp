@@ -54,6 +54,14 @@ TORCH_LIBRARY(megapre, m) {
       "cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor? dlosses, int ignore_index, float label_smoothing,"
       " float z_loss, int vocab) -> Tensor");
 
+  // q, o [B, Sq, N, D]; k, v [B, Sk, K, D]; lse [B, N, Sq] fp32.
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, bool causal, Tensor? cu_seqlens, int? window, float scale)"
+      " -> (Tensor o, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool causal,"
+      " Tensor? cu_seqlens, int? window, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
+
   // The three products of a linear layer on matrices. dweight and dbias may be fp32 beside 16-bit operands; they are added
   // to where `accumulate`, and overwritten where not.
   m.def("linear_(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias) -> ()");

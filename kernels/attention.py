@@ -26,11 +26,13 @@ Measured bf16 B 4, S 512, N = K = 12, D 64, causal, forward and backward: SDPA 1
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import library
 from .precision import wide
 
 
@@ -89,6 +91,26 @@ def sdpa(
     if plain and (not causal or square or q_BSND.shape[1] == 1):
         return _sdpa(q_BSND, k_BSKD, v_BSKD, causal and square, None, scale)
     return _sdpa(q_BSND, k_BSKD, v_BSKD, False, visible(q_BSND, k_BSKD, causal, cu_seqlens, window), scale)
+
+
+def native(
+    q_BSND: Tensor,
+    k_BSKD: Tensor,
+    v_BSKD: Tensor,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Through `megapre::attention`, for fp32, bf16 and fp16 and head dims up to 256. As `reference`.
+
+    lse can be differentiated. Keeps q, k, v, o and lse; tiles of scores that a mask hides whole cost nothing.
+    """
+    _check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
+    scale = _scale(q_BSND) if scale is None else scale
+    o, lse = torch.ops.megapre.attention(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale)
+    return (o, lse) if return_lse else o
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -172,3 +194,87 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: i
     ends, tokens = cu_seqlens.tolist(), q.shape[0] * q.shape[1]
     if len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in pairwise(ends)):
         raise ValueError(f"attention: cu_seqlens must rise from 0 to B*S = {tokens}; it is {ends[:3]} .. {ends[-3:]}")
+
+
+# The registered ops: kernels in plain torch, fake tensors, autograd.
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None, window: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    o, lse = reference(q, k, v, causal, cu_seqlens, window, scale, return_lse=True)
+    return o.contiguous(), lse.contiguous()
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide(q.dtype))
+
+
+def _backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dao 2023, algorithm 2; lse adds p * dlse to the gradient of the scores."""
+    group = q.shape[2] // k.shape[2]
+    # Grouped heads: [B, K, group, S, D] against [B, K, 1, S, D].
+    q_, do_, o_ = (t.to(lse.dtype).transpose(1, 2).unflatten(1, (-1, group)) for t in (q, do, o))
+    k_, v_ = (t.to(lse.dtype).transpose(1, 2).unsqueeze(2) for t in (k, v))
+    scores = q_ @ k_.transpose(-1, -2) * scale
+    mask = visible(q, k, causal, cu_seqlens, window)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(2), -math.inf)
+    p = torch.exp(scores - lse.unflatten(1, (-1, group)).unsqueeze(-1))
+    delta = (do_ * o_).sum(-1, keepdim=True)
+    if dlse is not None:
+        delta = delta - dlse.unflatten(1, (-1, group)).unsqueeze(-1)
+    ds = p * (do_ @ v_.transpose(-1, -2) - delta) * scale
+    dq = (ds @ k_).flatten(1, 2)
+    dk, dv = ((a.transpose(-1, -2) @ b).sum(2) for a, b in ((ds, q_), (p, do_)))
+    dq, dk, dv = (g.transpose(1, 2).to(q.dtype).contiguous() for g in (dq, dk, dv))
+    return dq, dk, dv
+
+
+def _backward_fake(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.causal, cu_seqlens, ctx.window, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+
+
+def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    gradients = torch.ops.megapre.attention_backward(
+        do, dlse, q, k, v, o, lse, ctx.causal, cu_seqlens, ctx.window, ctx.scale
+    )
+    return *gradients, None, None, None, None
+
+
+def register(ops: torch.library.Library) -> None:
+    """Registers `megapre::attention` and its backward."""
+    settings = "bool causal, Tensor? cu_seqlens, int? window, float scale"
+    library.add(
+        ops, f"attention(Tensor q, Tensor k, Tensor v, {settings}) -> (Tensor o, Tensor lse)", _forward, _forward_fake
+    )
+    library.add(
+        ops,
+        "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+        f"{settings}) -> (Tensor dq, Tensor dk, Tensor dv)",
+        _backward,
+        _backward_fake,
+    )
+    torch.library.register_autograd("megapre::attention", _differentiate, setup_context=_save, lib=ops)

@@ -99,6 +99,7 @@ IMPLEMENTATIONS = (
     Implementation("linear_cross_entropy", "triton", triton.linear_cross_entropy, triton.why_not),
     Implementation("linear_cross_entropy", "chunked", linear_cross_entropy.chunked),
     Implementation("linear_cross_entropy", "reference", linear_cross_entropy.reference),
+    Implementation("attention", "native", attention.native, _needs_native("attention", "attention_backward")),
     Implementation("attention", "sdpa_or_triton", triton.attention_by_mask, triton.why_not),
     Implementation("attention", "sdpa", attention.sdpa),
     Implementation("attention", "triton", triton.attention, triton.why_not),

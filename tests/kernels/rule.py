@@ -69,6 +69,7 @@ def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def widest(implementation: str) -> torch.dtype:
-    """The widest dtype an implementation takes: the Triton kernels compute in fp32 and refuse fp64."""
-    return torch.float32 if "triton" in implementation else torch.float64
+def widest(implementation: str, op: str = "") -> torch.dtype:
+    """The widest dtype an implementation takes: the Triton kernels and native attention compute in fp32, no fp64."""
+    narrow = "triton" in implementation or (op, implementation) == ("attention", "native")
+    return torch.float32 if narrow else torch.float64

@@ -83,9 +83,11 @@ def test_attention_obeys_the_rule(
         cuts = [0, *sorted(int(d * batch * keys) for d in documents), batch * keys]
         cu_seqlens = torch.tensor(cuts, dtype=torch.int32, device=device)
     mask = mask_by_loops(batch, queries, keys, causal, window, cuts).to(device)
-    # In fp32 the Triton kernel owes more than the rule: its exponentials are in base 2, which rounds scores and lse
-    # once more, by an ulp of |s| < 16. In 16 bits nothing is owed.
-    slack = 16 * torch.finfo(torch.float32).eps if "triton" in implementation and dtype == torch.float32 else 0.0
+    # In fp32 two kernels owe more than the rule. Triton's exponentials are in base 2, which rounds scores and lse once
+    # more, by an ulp of |s| < 16. Both it and the native kernel take do . v and do . o from two sums, whose difference
+    # is noise of some ulps of 16 where a query sees one key and the gradient is 0. In 16 bits nothing is owed.
+    fused = "triton" in implementation or implementation == "native"
+    slack = 16 * torch.finfo(torch.float32).eps if fused and dtype == torch.float32 else 0.0
     twice(
         lambda q, k, v: op(q, k, v, causal, cu_seqlens, window, scale),
         lambda q, k, v: torch_attention(q, k, v, mask, scale),
@@ -96,7 +98,7 @@ def test_attention_obeys_the_rule(
 
 def test_lse_is_that_of_the_visible_scores(device: str, implementation: str) -> None:
     op = kernels.choose(device, {OP: implementation}).attention
-    q, k, v = qkv(2, 5, 7, 4, 2, 8, widest(implementation), device)
+    q, k, v = qkv(2, 5, 7, 4, 2, 8, widest(implementation, OP), device)
     o, lse = op(q, k, v, window=3, return_lse=True)
     mask = mask_by_loops(2, 5, 7, True, 3, None).to(device)
     scores = torch.einsum("bind,bjnd->bnij", q, k.repeat_interleave(2, 2)) / 8**0.5
@@ -168,8 +170,10 @@ def test_impossible_requests_are_named(device: str, implementation: str, change:
 
 
 def test_cu_seqlens_that_do_not_fit_are_named() -> None:
-    for implementation in ("sdpa", "reference"):
-        op = kernels.choose("cpu", {OP: implementation}).attention
+    for row in kernels.table("cpu"):
+        if row.op != OP or not row.available:
+            continue
+        op = kernels.choose("cpu", {OP: row.implementation}).attention
         q = torch.zeros(2, 4, 2, 8)
         for ends in ([0, 4], [1, 8], [0, 5, 4, 8], [0]):
             with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to B\\*S = 8"):

@@ -25,6 +25,7 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
 
     wide = torch.float32
     target, one = labels(device), torch.ones((), device=device)
+    documents = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
     return {
         "layer_norm": [
             (leaf(5, 12), leaf(12), leaf(12), 1e-5, None),
@@ -88,6 +89,19 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
         ],
         "cross_entropy_": [
             (leaf(5, 11).detach(), target, weights, *SETTINGS) for weights in (None, torch.rand(5, device=device))
+        ],
+        "attention": [
+            (leaf(2, 5, 4, 8), leaf(2, 7, 2, 8), leaf(2, 7, 2, 8), True, None, 3, 0.3),
+            (*leaf(2, 4, 6, 8).split([2, 2, 2], 2), True, documents, None, 0.3),
+            (leaf(0, 4, 2, 8), leaf(0, 4, 2, 8), leaf(0, 4, 2, 8), False, None, None, 0.3),
+        ],
+        "attention_backward": [
+            (
+                *(leaf(2, 4, 4, 8).detach(), dlse, leaf(2, 4, 4, 8).detach()),
+                *(leaf(2, 4, 2, 8).detach(), leaf(2, 4, 2, 8).detach(), leaf(2, 4, 4, 8).detach()),
+                *(torch.full((2, 4, 4), 3.0, device=device), True, cuts, None, 0.3),
+            )
+            for dlse, cuts in ((None, None), (torch.rand(2, 4, 4, device=device), documents))
         ],
         "linear_cross_entropy": [
             (leaf(5, 6), leaf(11, 6), target, *SETTINGS, 2**26, *needs)
@@ -178,7 +192,7 @@ def implementations(device: str, op: str) -> list[tuple[str, Callable[..., Any]]
 @pytest.mark.parametrize("op_name", calls("cpu"))
 def test_gradcheck(device: str, op_name: str) -> None:
     for name, op in implementations(device, op_name):
-        if widest(name) != torch.float64:
+        if widest(name, op_name) != torch.float64:
             continue  # numerical derivatives need fp64; these are held to fp64 references by the rule
         for call, shapes in calls(device)[op_name]:
             generator = torch.Generator().manual_seed(1)
