@@ -154,21 +154,23 @@ def gelu(rows: int, width: int) -> Case:
 
 def rope(tokens: int, heads: int, k_heads: int, head_dim: int) -> Case:
     batch, seq_length = 4, tokens // 4
-    q, k = randn(batch, seq_length, heads, head_dim), randn(batch, seq_length, k_heads, head_dim)
+    qkv = randn(batch, seq_length, heads + 2 * k_heads, head_dim)
+    q, k = qkv[:, :, :heads].clone(), qkv[:, :, heads : heads + k_heads].clone()
     angles = torch.outer(torch.arange(seq_length, device=DEVICE).float(), torch.rand(head_dim // 2, device=DEVICE))
     cos, sin = angles.cos(), angles.sin()
     own = kernels.choose("cuda", {"rope": "reference"}).rope
 
     shape = {"T": tokens, "N": heads, "K": k_heads, "D": head_dim}
-    fresh_q, fresh_k = q.clone(), k.clone()
+    fresh, fresh_q, fresh_k = qkv.clone(), q.clone(), k.clone()
 
     def prepare() -> None:  # some providers work in place
+        qkv.copy_(fresh)
         q.copy_(fresh_q)
         k.copy_(fresh_k)
 
     providers: dict[str, Function] = {
         "triton": lambda: ops.rope(q, k, cos, sin),
-        "triton in place": lambda: ops.rope_(q, k, cos, sin),
+        "triton in place": lambda: ops.rope_(qkv, heads, k_heads, cos, sin)[:2],
         "torch": lambda: own(q, k, cos, sin),
     }
     compiled = torch.compile(own)

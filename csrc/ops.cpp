@@ -74,6 +74,18 @@ TORCH_LIBRARY(megapre, m) {
     return megapre::cpu::has_products_of(dtype);
   });
 
+  // Pairs (i, i + D/2) of each head, or (2i, 2i + 1) when interleaved, turned by the angle of the token's position: given
+  // [B, S], counted within the documents of cu_seqlens, or else 0 .. S-1. `inverse` turns back: the gradient.
+  m.def(
+      "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens, bool interleaved,"
+      " bool inverse) -> (Tensor q_out, Tensor k_out)");
+  m.def(
+      "rope_(Tensor(a!) qkv, int heads, Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens,"
+      " bool interleaved) -> ()");
+  m.def(
+      "rope_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, Tensor? positions,"
+      " Tensor? cu_seqlens, bool interleaved) -> Tensor dqkv");
+
   // "default", "avx2" or "avx512": the code path the ops run on this machine.
   m.def("cpu_level() -> str", []() -> std::string { return megapre::cpu::name(megapre::cpu::level()); });
 }

@@ -61,6 +61,11 @@ def _rope(shape: Shape, size: int) -> tuple[int, int]:
     return 3 * elements, 2 * elements * size
 
 
+def _rope_qkv_backward(shape: Shape, size: int) -> tuple[int, int]:
+    flops, moved = _rope(shape, size)
+    return flops, moved + 2 * shape["T"] * shape["K"] * shape["D"] * size  # the gradient of v moves too
+
+
 def pairs(shape: Shape) -> int:
     """Visible (query, key) pairs of one head and one sequence.
 
@@ -128,6 +133,8 @@ ENTRIES: dict[str, Entry] = {
     "rms_norm_backward": _norm(11, passes=3, residual_passes=1, fp32_per_row=1),
     "rope": _rope,
     "rope_backward": _rope,
+    "rope_": _rope,
+    "rope__backward": _rope_qkv_backward,
     "gelu": _rows(15, "F", passes=2),
     "gelu_backward": _rows(25, "F", passes=3),
     "swiglu": _rows(6, "F", passes=3),

@@ -24,13 +24,24 @@ def register() -> torch.library.Library:
 
     RuntimeError when another copy of this package has registered its ops in this process.
     """
-    from . import attention, cross_entropy, gelu, layer_norm, linear, linear_cross_entropy, native, rms_norm, swiglu
+    from . import (
+        attention,
+        cross_entropy,
+        gelu,
+        layer_norm,
+        linear,
+        linear_cross_entropy,
+        native,
+        rms_norm,
+        rope,
+        swiglu,
+    )
 
     native.load()
     if hasattr(getattr(torch.ops, NAMESPACE), "linear_cross_entropy"):
         raise RuntimeError(f"{__name__}: torch.ops.{NAMESPACE} is registered already by another copy of this package")
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    for op_file in (layer_norm, rms_norm, gelu, swiglu, attention, cross_entropy, linear, linear_cross_entropy):
+    for op_file in (layer_norm, rms_norm, rope, gelu, swiglu, attention, cross_entropy, linear, linear_cross_entropy):
         op_file.register(library)
     return library
 

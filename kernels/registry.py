@@ -75,8 +75,12 @@ IMPLEMENTATIONS = (
     Implementation("rms_norm", "triton", triton.rms_norm, triton.why_not),
     Implementation("rms_norm", "torch", rms_norm.fused_torch),
     Implementation("rms_norm", "reference", rms_norm.reference),
+    Implementation("rope", "native", rope.native, _needs_native("rope")),
     Implementation("rope", "triton", triton.rope, triton.why_not),
     Implementation("rope", "reference", rope.reference),
+    Implementation("rope_", "native", rope.native_, _needs_native("rope_", "rope_qkv_backward")),
+    Implementation("rope_", "triton", triton.rope_, triton.why_not),
+    Implementation("rope_", "reference", rope.reference_),
     Implementation("gelu", "native", gelu.native, _needs_native("gelu", "gelu_backward")),
     Implementation("gelu", "triton", triton.gelu, triton.why_not),
     Implementation("gelu", "torch", gelu.fused_torch),
@@ -120,6 +124,7 @@ class Kernels:
     layer_norm: Op
     rms_norm: Op
     rope: Op
+    rope_: Op
     gelu: Op
     swiglu: Op
     geglu: Op

@@ -15,7 +15,9 @@ from ..attention import _check as check_attention
 from ..attention import sdpa
 from ..cross_entropy import check as check_cross_entropy
 from ..linear_cross_entropy import _check as check_linear_cross_entropy
-from ..rope import _check as check_rope
+from ..rope import InPlace, Turn, document_positions, in_place
+from ..rope import check as check_rope
+from ..rope import split as split_heads
 from .library import late
 from .library import register as register
 from .library import why_not as why_not
@@ -73,30 +75,65 @@ def rope(
     sin: Tensor,
     positions: Tensor | None = None,
     interleaved: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.rope.reference`, but a position beyond the tables gives NaN."""
-    check_rope(q_BSND, k_BSKD, cos, sin, positions)
-    _check_one_dtype("rope", q_BSND, k_BSKD)
-    positions = None if positions is None else positions.expand(q_BSND.shape[:2])
+    turn = _turn("rope", q_BSND, k_BSKD, cos, sin, positions, cu_seqlens, interleaved)
     return torch.ops.megapre_triton.rope(  # type: ignore[no-any-return]
-        q_BSND, k_BSKD, cos.float(), sin.float(), positions, interleaved, False
+        q_BSND, k_BSKD, turn.cos, turn.sin, turn.positions, interleaved, False
     )
 
 
 def rope_(
-    q_BSND: Tensor,
-    k_BSKD: Tensor,
+    qkv_BSMD: Tensor,
+    heads: int,
+    kv_heads: int,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`rope` in place of q and k, which may be views of one projection; not differentiable. Returns (q, k)."""
-    check_rope(q_BSND, k_BSKD, cos, sin, positions)
-    _check_one_dtype("rope_", q_BSND, k_BSKD)
-    positions = None if positions is None else positions.expand(q_BSND.shape[:2])
-    rotate = late("rope", "rotate_in_place")
-    return rotate(q_BSND, k_BSKD, cos.float(), sin.float(), positions, interleaved)  # type: ignore[no-any-return]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `kernels.rope.reference_`, in place, but a position beyond the tables gives NaN."""
+    q, k, v = split_heads(qkv_BSMD, heads, kv_heads)
+    turn = _turn("rope_", q, k, cos, sin, positions, cu_seqlens, interleaved)
+    if torch.compiler.is_compiling():
+        q, k = torch.ops.megapre_triton.rope(q, k, turn.cos, turn.sin, turn.positions, interleaved, False)
+        return q, k, v
+    return in_place(_ROPE_HALVES, qkv_BSMD, heads, kv_heads, turn)
+
+
+def _turn(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+) -> Turn:
+    check_rope(q, k, cos, sin, positions, cu_seqlens)
+    _check_one_dtype(op, q, k)
+    if cu_seqlens is not None:
+        positions = document_positions(cu_seqlens, *q.shape[:2])
+    positions = None if positions is None else positions.expand(q.shape[:2])
+    return Turn(cos.float(), sin.float(), positions, None, interleaved)
+
+
+def _rope_forward(qkv: Tensor, heads: int, kv_heads: int, turn: Turn) -> None:
+    q, k, _ = split_heads(qkv, heads, kv_heads)
+    late("rope", "rotate_in_place")(q, k, turn.cos, turn.sin, turn.positions, turn.interleaved, False)
+
+
+def _rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, turn: Turn) -> Tensor:
+    dqkv = torch.cat((dq, dk, dv), dim=2)
+    dq, dk, _ = split_heads(dqkv, dq.shape[2], dk.shape[2])
+    late("rope", "rotate_in_place")(dq, dk, turn.cos, turn.sin, turn.positions, turn.interleaved, True)
+    return dqkv
+
+
+_ROPE_HALVES = InPlace(_rope_forward, _rope_backward)
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:

@@ -127,7 +127,7 @@ def rotate(
 
 
 def rotate_in_place(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, backward: bool
 ) -> tuple[Tensor, Tensor]:
     """`rotate` over the memory of q and k."""
-    return rotate(q, k, cos, sin, positions, interleaved, in_place=True)
+    return rotate(q, k, cos, sin, positions, interleaved, backward, in_place=True)

@@ -118,15 +118,23 @@ class Attention(nn.Module):
 
     def forward(self, x_BSH: Tensor, places: Places, cache: LayerCache | None) -> Tensor:
         qkv = self.qkv(x_BSH).unflatten(-1, (-1, self.head_dim))
-        q_BSND, k_BSKD, v_BSKD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BSND, k_BSKD = self.q_norm(q_BSND), self.k_norm(k_BSKD)
-        if places.cos is not None:
-            q_BSND, k_BSKD = self.ops.rope(q_BSND, k_BSKD, places.cos, places.sin, positions=places.positions_BS)
+        q_BSND, k_BSKD, v_BSKD = self.turned(qkv, places)
         if cache is not None:
             k_BSKD, v_BSKD = cache.extend(k_BSKD, v_BSKD)
         o_BSND = self.ops.attention(q_BSND, k_BSKD, v_BSKD, causal=True, cu_seqlens=places.cu_seqlens)
         return self.out(o_BSND.flatten(2))
+
+    def turned(self, qkv: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, normed and rotated as the model asks; in the memory of qkv where no norm stands between."""
+        cos, sin, positions_BS = places.cos, places.sin, places.positions_BS
+        if cos is not None and self.q_norm is None:
+            return self.ops.rope_(qkv, self.heads, self.kv_heads, cos, sin, positions=positions_BS)
+        q_BSND, k_BSKD, v_BSKD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSND, k_BSKD = self.q_norm(q_BSND), self.k_norm(k_BSKD)
+        if cos is not None:
+            q_BSND, k_BSKD = self.ops.rope(q_BSND, k_BSKD, cos, sin, positions=positions_BS)
+        return q_BSND, k_BSKD, v_BSKD
 
 
 class GeluMLP(nn.Module):

@@ -17,6 +17,11 @@ def labels(device: str) -> Tensor:
     return torch.tensor([3, -100, 8, 0, 5], device=device)
 
 
+def tables(device: str) -> tuple[Tensor, Tensor]:
+    angles = torch.outer(torch.arange(8.0, device=device), torch.tensor([1.0, 0.1], device=device))
+    return angles.cos(), angles.sin()
+
+
 def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
     """Arguments for each registered op."""
 
@@ -26,6 +31,8 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
     wide = torch.float32
     target, one = labels(device), torch.ones((), device=device)
     documents = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+    places = torch.tensor([[0, 1, 2, 0, 1], [7, 5, 3, 1, 0]], device=device)
+    bounds = torch.tensor([0, 3, 10], dtype=torch.int32, device=device)
     return {
         "layer_norm": [
             (leaf(5, 12), leaf(12), leaf(12), 1e-5, None),
@@ -50,6 +57,13 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
             (leaf(5, 12).detach(), dh, leaf(5, 12).detach(), leaf(12).detach(), torch.rand(5, device=device))
             for dh in (None, leaf(5, 12).detach())
         ],
+        "rope": [
+            (leaf(2, 5, 2, 4), leaf(2, 5, 1, 4), *tables(device), *where, interleaved, False)
+            for where in ((None, None), (places, None), (None, bounds))
+            for interleaved in (False, True)
+        ],
+        "rope_": [(leaf(2, 5, 4, 4).detach(), 3, *tables(device), None, bounds, False)],
+        "rope_qkv_backward": [(*(leaf(2, 5, n, 4).detach() for n in (2, 1, 1)), *tables(device), places, None, True)],
         "gelu": [
             *((leaf(5, 12), bias, tanh) for bias in (None, leaf(12)) for tanh in (True, False)),
             (leaf(12, 5).T, leaf(12), True),
@@ -139,11 +153,6 @@ def test_opcheck(device: str, name: str, dtype: torch.dtype) -> None:
 Call = Callable[[Any], Any]
 
 
-def tables(device: str) -> tuple[Tensor, Tensor]:
-    angles = torch.outer(torch.arange(5.0, device=device), torch.tensor([1.0, 0.1], device=device))
-    return angles.cos(), angles.sin()
-
-
 def calls(device: str) -> dict[str, list[tuple[Call, list[tuple[int, ...]]]]]:
     """For each differentiable op, calls of it and the shapes of their floating inputs."""
     target = labels(device)
@@ -166,6 +175,11 @@ def calls(device: str) -> dict[str, list[tuple[Call, list[tuple[int, ...]]]]]:
         "rope": [
             (lambda op: lambda q, k: op(q, k, cos, sin), [(2, 5, 2, 4), (2, 5, 1, 4)]),
             (lambda op: lambda q, k: op(q, k, cos, sin, interleaved=True), [(2, 5, 2, 4), (2, 5, 1, 4)]),
+        ],
+        # Leaves are not rotated in place, hence the product.
+        "rope_": [
+            (lambda op: lambda x: op(x * 1, 2, 1, cos, sin), [(2, 4, 4, 4)]),
+            (lambda op: lambda x: op(x * 1, 2, 1, cos, sin, cu_seqlens=documents, interleaved=True), [(2, 4, 4, 4)]),
         ],
         "gelu": [
             (lambda op: lambda x, b: op(x, b), [(3, 8), (8,)]),

@@ -31,7 +31,7 @@ def test_forced_level(ops: Any, level: str) -> None:
         pytest.skip(f"this CPU has no {level}")
     if level == native.cpu_level():
         return  # the rest of this run tests it
-    ops_there = ("layer_norm", "rms_norm", "activation", "cross_entropy", "linear", "attention")
+    ops_there = ("layer_norm", "rms_norm", "rope", "activation", "cross_entropy", "linear", "attention")
     files = [str(THIS_FOLDER / f"test_native_{op}.py") for op in ops_there]
     done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, level=level)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -39,8 +39,8 @@ def test_rope(
     twice(lambda q, k: ops.rope(q, k, cos, sin, positions, interleaved), own, [q, k])
     expected = ops.rope(q, k, cos, sin, positions, interleaved)
     untouched = qkv[:, :, heads + k_heads :].clone()
-    ops.rope_(q, k, cos, sin, positions, interleaved)
-    assert same([q, k], expected)
+    got = ops.rope_(qkv, heads, k_heads, cos, sin, positions, interleaved=interleaved)
+    assert same([q, k], expected) and same(got, [q, k, qkv[:, :, heads + k_heads :]])
     assert torch.equal(qkv[:, :, heads + k_heads :], untouched)
 
 
