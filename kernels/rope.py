@@ -187,7 +187,8 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None, None]:
-        turn = Turn(*ctx.saved_tensors, ctx.interleaved)
+        cos, sin, positions, cu_seqlens = ctx.saved_tensors
+        turn = Turn(cos, sin, positions, cu_seqlens, ctx.interleaved)
         return ctx.backward_half(dq, dk, dv, turn), None, None, None, None
 
 
