@@ -132,15 +132,12 @@ def _kind(device: str) -> str:
 
 def _prepare(request: Request) -> str:
     """The device, with the settings that a training run has on it."""
-    import torch
-
-    from ..train import machine
+    from ..train import cpu_runtime
 
     device = _kind(request.device)
-    if request.threads:
-        torch.set_num_threads(request.threads)
+    cpu_runtime.set_threads(request.threads)
     if device == "cpu":
-        machine.keep_freed_memory()
+        cpu_runtime.keep_freed_memory()
     return device
 
 
