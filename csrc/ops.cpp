@@ -86,6 +86,19 @@ TORCH_LIBRARY(megapre, m) {
       "rope_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, Tensor? positions,"
       " Tensor? cu_seqlens, bool interleaved) -> Tensor dqkv");
 
+  // One update of flat state in place. `param` is null where the master is the parameter; scalars are 0-dim tensors.
+  m.def(
+      "adamw_(Tensor(a!)? param, Tensor(b!) master, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor grad, Tensor lr,"
+      " Tensor step, Tensor? grad_scale, Tensor? found_inf, float beta1, float beta2, float eps, float weight_decay)"
+      " -> ()");
+  // The same for a bf16 parameter without a master: rounded at random, by (seed, step, offset + index).
+  m.def(
+      "adamw_stochastic_(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, Tensor lr,"
+      " Tensor step, Tensor? grad_scale, Tensor? found_inf, float beta1, float beta2, float eps, float weight_decay,"
+      " int seed, int offset) -> ()");
+  // sqrt(sum of squares) over all tensors, fp32.
+  m.def("grad_norm(Tensor[] grads) -> Tensor");
+
   // "default", "avx2" or "avx512": the code path the ops run on this machine.
   m.def("cpu_level() -> str", []() -> std::string { return megapre::cpu::name(megapre::cpu::level()); });
 }

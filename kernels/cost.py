@@ -120,6 +120,13 @@ def _adamw(shape: Shape, size: int) -> tuple[int, int]:
     return 15 * shape["P"], shape["P"] * (shape.get("grad_bytes", size) + 24 + (size if size < 4 else 0))
 
 
+def _adamw_stochastic(shape: Shape, size: int) -> tuple[int, int]:
+    # `size` is that of the moments; the gradient is fp32 unless shape["grad_bytes"] says otherwise. 16 bits of Philox
+    # are 10 rounds of 8 operations over 8 elements.
+    draws = 1 if size == 4 else 3
+    return (15 + draws * 14) * shape["P"], shape["P"] * (shape.get("grad_bytes", 4) + 4 + 4 * size)
+
+
 def _grad_norm(shape: Shape, size: int) -> tuple[int, int]:
     return 2 * shape["P"], shape["P"] * size
 
@@ -148,5 +155,6 @@ ENTRIES: dict[str, Entry] = {
     "attention": _attention(2, q_passes=2, k_passes=2),
     "attention_backward": _attention(5, q_passes=4, k_passes=4),
     "adamw_": _adamw,
+    "adamw_stochastic_": _adamw_stochastic,
     "grad_norm": _grad_norm,
 }

@@ -25,9 +25,11 @@ def register() -> torch.library.Library:
     RuntimeError when another copy of this package has registered its ops in this process.
     """
     from . import (
+        adamw,
         attention,
         cross_entropy,
         gelu,
+        grad_norm,
         layer_norm,
         linear,
         linear_cross_entropy,
@@ -41,7 +43,20 @@ def register() -> torch.library.Library:
     if hasattr(getattr(torch.ops, NAMESPACE), "linear_cross_entropy"):
         raise RuntimeError(f"{__name__}: torch.ops.{NAMESPACE} is registered already by another copy of this package")
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    for op_file in (layer_norm, rms_norm, rope, gelu, swiglu, attention, cross_entropy, linear, linear_cross_entropy):
+    op_files = (
+        layer_norm,
+        rms_norm,
+        rope,
+        gelu,
+        swiglu,
+        attention,
+        cross_entropy,
+        linear,
+        linear_cross_entropy,
+        adamw,
+        grad_norm,
+    )
+    for op_file in op_files:
         op_file.register(library)
     return library
 

@@ -108,9 +108,13 @@ IMPLEMENTATIONS = (
     Implementation("attention", "sdpa", attention.sdpa),
     Implementation("attention", "triton", triton.attention, triton.why_not),
     Implementation("attention", "reference", attention.reference),
+    Implementation("adamw_", "native", adamw.native, _needs_native("adamw_")),
     Implementation("adamw_", "triton", triton.adamw_, triton.why_not),
     Implementation("adamw_", "torch", adamw.fused_torch),
     Implementation("adamw_", "reference", adamw.reference),
+    Implementation("adamw_stochastic_", "native", adamw.stochastic_native, _needs_native("adamw_stochastic_")),
+    Implementation("adamw_stochastic_", "reference", adamw.stochastic_reference),
+    Implementation("grad_norm", "native", grad_norm.native, _needs_native("grad_norm")),
     Implementation("grad_norm", "triton", triton.grad_norm, triton.why_not),
     Implementation("grad_norm", "reference", grad_norm.reference),
 )
@@ -132,6 +136,7 @@ class Kernels:
     linear_cross_entropy: Op
     attention: Op
     adamw_: Op
+    adamw_stochastic_: Op
     grad_norm: Op
     names: dict[str, str]
     origins: dict[str, str]

@@ -578,6 +578,36 @@ def adamw_(sizes: Sizes, dtype: str, device: str) -> Case:
     )  # fmt: skip
 
 
+def adamw_stochastic_(sizes: Sizes, dtype: str, device: str) -> Case:
+    """A step on a bf16 shard without a master, fp32 gradient; `dtype` is that of the moments, 16 bits meaning bf16."""
+    sizes = _take(sizes, "P")
+    count, moments = sizes["P"], torch.float32 if dtype == "fp32" else torch.bfloat16
+    exp_avg, grad = (_randn((count,), "fp32", device) for _ in range(2))
+    state = [_randn((count,), "bf16", device), exp_avg.to(moments), exp_avg.square().to(moments)]
+    scalars = {
+        "lr": torch.tensor(1e-6, device=device),
+        "step": torch.tensor(10.0, device=device),
+        "grad_scale": torch.tensor(0.5, device=device),
+    }
+    numbers = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "seed": 1, "offset": 0}
+    start = [t[:65536].clone() for t in state]
+
+    def adapt(function: Function) -> Function:
+        def step() -> list[Tensor]:
+            function(*state, grad, **scalars, **numbers)
+            return [t[:65536] for t in state]
+
+        return step
+
+    def prepare() -> None:
+        for whole, part in zip(state, start, strict=True):
+            whole[:65536] = part
+
+    size = "fp32" if dtype == "fp32" else "bf16"
+    work = {"step": cost("adamw_stochastic_", sizes, size)}
+    return Case("adamw_stochastic_", sizes, dtype, device, "copy", work, adapt, prepare=prepare)
+
+
 def grad_norm(sizes: Sizes, dtype: str, device: str) -> Case:
     sizes = _take(sizes, "P")
     grads = [_randn((part,), dtype, device) for part in (sizes["P"] // 2, sizes["P"] - sizes["P"] // 2)]
@@ -608,6 +638,7 @@ BUILDERS: dict[str, Callable[[Sizes, str, str], Case]] = {
     "linear_cross_entropy": linear_cross_entropy,
     "attention": attention,
     "adamw_": adamw_,
+    "adamw_stochastic_": adamw_stochastic_,
     "grad_norm": grad_norm,
 }
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -625,6 +656,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": ("T", "H", "V"),
     "attention": ("B", "S", "N", "D"),
     "adamw_": ("P",),
+    "adamw_stochastic_": ("P",),
     "grad_norm": ("P",),
 }
 """The sizes that each op must be given, or that follow from others (`complete`)."""

@@ -95,7 +95,7 @@ def of_sizes(op: str, sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
             (sizes["F"], sizes["H"]),
         ):
             yield {**sizes, "I": ins, "O": outs}
-    elif op in ("adamw_", "grad_norm"):
+    elif op in ("adamw_", "adamw_stochastic_", "grad_norm"):
         yield {**sizes, "P": min(sizes["P"], MOST_PARAMETERS)}
     else:
         yield sizes

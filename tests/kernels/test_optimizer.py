@@ -121,6 +121,42 @@ def test_states_that_do_not_fit_are_named(device: str, implementation: str) -> N
         op(flat, flat, flat.double(), flat, flat, **scalars, **HYPER)
 
 
+@pytest.mark.op("adamw_stochastic_")
+@given(length=st.integers(0, 300), narrow=st.booleans(), bf16_grad=st.booleans(), scale=st.none() | st.just(0.3))
+def test_stochastic_adamw_stays_within_a_spacing(
+    device: str, implementation: str, length: int, narrow: bool, bf16_grad: bool, scale: float | None
+) -> None:
+    op = kernels.choose(device, {"adamw_stochastic_": implementation}).adamw_stochastic_
+    grad = random(length, 1, device).to(torch.bfloat16 if bf16_grad else torch.float32)
+    start = random(length, 0, device).bfloat16()
+    param, moments = start.clone(), torch.zeros(2, length, device=device, dtype=torch.bfloat16 if narrow else None)
+    scalars = {"lr": torch.tensor(1e-2, device=device), "step": torch.tensor(1.0, device=device)}
+    factor = None if scale is None else torch.tensor(scale, device=device)
+    op(param, moments[0], moments[1], grad, **scalars, seed=4, grad_scale=factor, **HYPER)
+    exact = with_torch(start, [grad.double() * torch.tensor(1.0 if scale is None else scale)], torch.float64)
+    # Between the neighbours of the true value: 2^-7 of it at most, and what fp32 loses where terms cancel.
+    assert bool(((param.double() - exact).abs() <= 2**-7 * exact.abs() + 1e-7).all())
+    assert bool(((moments[0].double() - 0.1 * grad.double() * (scale or 1)).abs() <= 2**-7 * grad.abs() + 1e-7).all())
+
+
+@pytest.mark.op("adamw_stochastic_")
+def test_updates_below_the_spacing_add_up_on_average(device: str, implementation: str) -> None:
+    """50 updates of 1e-5 to weights of 1.0, whose lower neighbour is 2^-8 away: nearest rounding would undo each.
+
+    A weight moves down by 2^-8 with probability 1e-5 * 2^8 = 0.00256 a step; over n weights and k steps the mean
+    scatters by 2^-8 sqrt(0.00256 k / n), and five of these are allowed.
+    """
+    op = kernels.choose(device, {"adamw_stochastic_": implementation}).adamw_stochastic_
+    n, steps = 20_000, 50
+    param = torch.ones(n, device=device, dtype=torch.bfloat16)
+    moments, grad = torch.zeros(2, n, device=device), torch.ones(n, device=device)
+    for step in range(1, steps + 1):
+        scalars = {"lr": torch.tensor(1e-5, device=device), "step": torch.tensor(float(step), device=device)}
+        op(param, *moments, grad, **scalars, seed=0, **{**HYPER, "weight_decay": 0.0})
+    moved = 1 - param.double().mean().item()
+    assert abs(moved - steps * 1e-5) < 5 * 2**-8 * (0.00256 * steps / n) ** 0.5
+
+
 @pytest.mark.op("grad_norm")
 @given(
     lengths=st.lists(st.integers(0, 40) | st.sampled_from([4095, 4096, 4097, 200_000]), max_size=4),

@@ -22,6 +22,12 @@ def tables(device: str) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+def update(device: str) -> tuple[Any, ...]:
+    """lr, step, grad_scale, found_inf, beta1, beta2, eps and weight_decay of an optimizer op."""
+    scalars = (torch.tensor(value, device=device) for value in (0.1, 2.0, 0.5, 0.0))
+    return *scalars, 0.9, 0.95, 1e-8, 0.1
+
+
 def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
     """Arguments for each registered op."""
 
@@ -139,6 +145,21 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
             (torch.tensor(0.5, device=device), leaf(5, 6).detach(), torch.randn(*shape, device=device), dtype)
             for shape in ((11, 6), (0,))
         ],
+        "adamw_": [
+            (param, *(torch.rand(5, device=device) for _ in range(3)), leaf(5).detach(), *update(device))
+            for param in (None, leaf(5).detach())
+        ],
+        "adamw_stochastic_": [
+            (
+                torch.rand(5, device=device).bfloat16(),
+                *(torch.rand(5, device=device, dtype=dtype) for _ in range(2)),
+                leaf(5).detach(),
+                *update(device),
+                7,
+                3,
+            )
+        ],
+        "grad_norm": [([leaf(5).detach(), leaf(2, 3).detach()],), ([leaf(3, 2).detach().T],)],
     }
 
 
@@ -272,6 +293,21 @@ def test_optimizer_ops_compile(device: str) -> None:
             a, b = torch.arange(6.0, device=device), torch.ones(6, device=device)
             compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(a.clone(), b)
             torch.testing.assert_close(compiled, call(a.clone(), b))
+
+
+def test_stochastic_optimizer_compiles(device: str) -> None:
+    scalars = {key: torch.tensor(value, device=device) for key, value in (("lr", 0.1), ("step", 2.0))}
+    for _, op in implementations(device, "adamw_stochastic_"):
+
+        def call(param: Tensor, grad: Tensor, op: Any = op) -> Tensor:
+            moments = torch.zeros_like(param), torch.ones_like(param)
+            op(param, *moments, grad, **scalars, seed=5, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+            return param
+
+        torch.compiler.reset()
+        a, b = torch.arange(6.0, device=device).bfloat16(), torch.ones(6, device=device)
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(a.clone(), b)
+        assert torch.equal(compiled, call(a.clone(), b))
 
 
 @pytest.mark.parametrize("op_name", calls("cpu"))

@@ -126,6 +126,8 @@ def test_costs_by_hand() -> None:
     # bf16 gradient in, fp32 master and moments in and out, bf16 parameter out; with fp32 the master is the parameter.
     assert cost("adamw_", {"P": 10}, "bf16")[1] == 10 * (2 + 24 + 2)
     assert cost("adamw_", {"P": 10}, "fp32")[1] == 10 * (4 + 24)
+    # fp32 gradient in, bf16 parameter and two moments in and out.
+    assert cost("adamw_stochastic_", {"P": 10}, "bf16")[1] == 10 * (4 + 4 + 8)
 
 
 @given(keys=st.integers(1, 12), cached=st.integers(0, 11), causal=st.booleans(), window=st.integers(0, 14))

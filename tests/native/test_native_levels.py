@@ -12,6 +12,17 @@ import torch
 from megapre.kernels import native
 
 LEVELS = ("default", "avx2", "avx512")
+OPS = (
+    "layer_norm",
+    "rms_norm",
+    "rope",
+    "activation",
+    "cross_entropy",
+    "linear",
+    "attention",
+    "adamw",
+    "grad_norm",
+)
 THIS_FOLDER = Path(__file__).parent
 
 
@@ -31,8 +42,7 @@ def test_forced_level(ops: Any, level: str) -> None:
         pytest.skip(f"this CPU has no {level}")
     if level == native.cpu_level():
         return  # the rest of this run tests it
-    ops_there = ("layer_norm", "rms_norm", "rope", "activation", "cross_entropy", "linear", "attention")
-    files = [str(THIS_FOLDER / f"test_native_{op}.py") for op in ops_there]
+    files = [str(THIS_FOLDER / f"test_native_{op}.py") for op in OPS]
     done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, level=level)
     assert done.returncode == 0, done.stdout[-3000:]
 
