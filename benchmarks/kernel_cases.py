@@ -8,7 +8,7 @@ in place, and ops without a gradient, are one function without inputs ("step").
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from megapre import kernels
 from megapre.kernels import attention as attention_reference
 from megapre.kernels import cost
 from megapre.kernels import cross_entropy as ce_reference
+from megapre.kernels.bench import sets
 from megapre.kernels.triton import cross_entropy as triton_ce
 from megapre.kernels.triton import ops
 
@@ -456,31 +457,30 @@ def grad_norm(count: int) -> Case:
     )  # fmt: skip
 
 
+BUILDERS: dict[str, Callable[[Mapping[str, int]], Case]] = {
+    "rms_norm": lambda z: rms_norm(z["T"], z["H"], fused="residual" in z),
+    "layer_norm": lambda z: layer_norm(z["T"], z["H"]),
+    "gelu": lambda z: gelu(z["T"], z["F"]),
+    "swiglu": lambda z: swiglu(z["T"], z["F"]),
+    "rope": lambda z: rope(z["T"], z["N"], z["K"], z["D"]),
+    "cross_entropy": lambda z: cross_entropy(z["T"], z["V"]),
+    "linear_cross_entropy": lambda z: linear_cross_entropy(z["T"], z["H"], z["V"]),
+    "attention": lambda z: attention(z["B"], z["S"], z["N"], z["K"], z["D"], z["B"] * z.get("documents", 0)),
+    "adamw_": lambda z: adamw(z["P"]),
+    "grad_norm": lambda z: grad_norm(z["P"]),
+}
+
+
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
-    """(op, builder) in order of importance, for a run may be cut off."""
-    yield "rms_norm", lambda: rms_norm(8192, 4096)
-    yield "rms_norm", lambda: rms_norm(8192, 4096, fused=True)
-    yield "layer_norm", lambda: layer_norm(1024, 12288)
-    yield "cross_entropy", lambda: cross_entropy(8192, 131072)
-    yield "linear_cross_entropy", lambda: linear_cross_entropy(4096, 4096, 128256)
-    yield "attention", lambda: attention(2, 8192, 64, 8, 128, documents=16)
-    yield "attention", lambda: attention(2, 8192, 64, 8, 128)
-    yield "swiglu", lambda: swiglu(8192, 14336)
-    yield "rope", lambda: rope(8192, 32, 8, 128)
-    yield "adamw_", lambda: adamw(250_000_000)
-    yield "grad_norm", lambda: grad_norm(500_000_000)
+    """(op, builder) in order of importance, for a run may be cut off; the sizes are of `--set gpu`."""
+    yield from map(_case, sets.GPU_QUICK)
     if quick:
         return
     yield "vocab_parallel", lambda: vocab_parallel(8192, 131072)
-    yield "attention", lambda: attention(8, 2048, 64, 8, 128)
-    yield "attention", lambda: attention(4, 4096, 64, 8, 128)
-    yield "attention", lambda: attention(16, 1024, 12, 12, 64)
-    yield "linear_cross_entropy", lambda: linear_cross_entropy(16384, 768, 50304)
-    yield "layer_norm", lambda: layer_norm(16384, 768)
-    yield "rms_norm", lambda: rms_norm(8192, 8192)
-    yield "rms_norm", lambda: rms_norm(16384, 4096)
-    yield "layer_norm", lambda: layer_norm(8192, 4096)
-    yield "gelu", lambda: gelu(16384, 3072)
-    yield "cross_entropy", lambda: cross_entropy(16384, 50304)
+    yield from map(_case, sets.GPU[len(sets.GPU_QUICK) :])
     yield "vocab_parallel", lambda: vocab_parallel(8192, 32768)
-    yield "attention", lambda: attention(1, 16384, 64, 8, 128)
+
+
+def _case(entry: sets.Entry) -> tuple[str, Callable[[], Case]]:
+    op = entry.op if entry.op in BUILDERS else entry.op.rstrip("_")  # cross_entropy is measured in place here
+    return op, lambda: BUILDERS[op](entry.sizes)

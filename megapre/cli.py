@@ -234,6 +234,7 @@ def bench_step(recipe: str, overrides: tuple[str, ...], steps: int, warmup: int,
 )
 @click.option("--budget", default=100.0, show_default=True, type=click.FloatRange(1), help="Seconds, about.")
 @click.option("--warm", is_flag=True, help="Leave in the caches what is there, instead of emptying them before a call.")
+@click.option("--return-memory", is_flag=True, help="Let freed memory go back to the system, as plain torch does.")
 @click.option(
     "--out", type=click.Path(file_okay=False), help="Folder for kernels_<hardware>_<date>.csv, .json, .md, .png."
 )
@@ -252,6 +253,7 @@ def bench_kernels(
     repeats: int,
     budget: float,
     warm: bool,
+    return_memory: bool,
     out: str | None,
     write_profile: bool,
     list_only: bool,
@@ -278,6 +280,7 @@ def bench_kernels(
         repeats=repeats,
         budget=budget,
         cold=not warm,
+        keep_memory=not return_memory,
     )
     return bench_kernels.show(device) if list_only else bench_kernels.run(request, out, write_profile)
 

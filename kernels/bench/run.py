@@ -42,6 +42,7 @@ class Row:
     best_peer: str = ""
     ratio: float | None = None
     goal: str = ""
+    reached: float | None = None
     met: bool | None = None
     note: str = ""
     best_ms: float = field(default=0.0, repr=False)
@@ -210,8 +211,8 @@ def _compare(rows: list[Row], goal: tuple[str, float] | None) -> None:
         if best is not None:
             row.best_peer, row.ratio = best.provider, best.best_ms / row.best_ms
         if goal is not None and row.in_use and goal[0] in timed:
-            reached = timed[goal[0]].best_ms / row.best_ms
-            row.goal, row.met = f"{goal[1]:g}x {goal[0]}: {reached:.2f}x", reached >= goal[1]
+            row.goal, row.reached = f"{goal[1]:g}x {goal[0]}", timed[goal[0]].best_ms / row.best_ms
+            row.met = row.reached >= goal[1]
 
 
 def brief(failure: BaseException) -> str:

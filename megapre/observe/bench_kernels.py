@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..kernels.bench.run import Plan, Row, Runner
 
 DEFAULT_SHAPE = "gpt2-124m"
+LEAST_BYTES = 1 << 20  # that a call must move for a profile to keep its time: below, it is the time of calling
 VOCAB = 50257  # of a recipe that leaves its vocabulary to the data: GPT-2's
 
 
@@ -46,6 +47,7 @@ class Request:
     repeats: int = 25
     budget: float = 100.0
     cold: bool = True
+    keep_memory: bool = True
 
 
 @dataclass
@@ -70,7 +72,8 @@ def run(request: Request, out: str | None = None, write_profile: bool = False) -
     from ..kernels.bench.run import Runner
 
     runner = Runner(device, request.providers, request.repeats, request.cold)
-    console = Console(width=None if sys.stdout.isatty() else 118)
+    wide = any(plan.goals for plan in planned)
+    console = Console(width=None if sys.stdout.isatty() else 140 if wide else 118)
     about = describe(request, device, runner)
     console.print(bench_report.header(about))
     interrupted = False
@@ -106,16 +109,14 @@ def show(device: str) -> int:
     device = _kind(device)
     from ..kernels.bench import cases
 
-    registry_ops = Table("op", "sizes", "providers", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    from ..kernels import choose
-
-    choose(device)
+    table = Table("op", "sizes", "providers", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    tiny = {**dict.fromkeys("TSHFVPIO", 8), "B": 1, "N": 2, "K": 1, "D": 4}
     for op in cases.ops():
-        rows = [row.name for row in cases.implementations(op) if not row.why_not(device)]
-        known = [*rows, *(name for name in ("torch", "compile") if name not in rows)]
-        registry_ops.add_row(op, " ".join(cases.NEEDS[op]), ", ".join(known))
+        providers = cases.build(op, tiny, "bf16", device).providers()
+        names = [name for name, provider in providers.items() if not provider.why_not]
+        table.add_row(op, " ".join(cases.NEEDS[op]), ", ".join(names))
     console = Console(width=None if sys.stdout.isatty() else 118)
-    console.print(registry_ops)
+    console.print(table)
     console.print("\n" + ", ".join(f"{name} {meaning}" for name, meaning in cases.LEGEND.items()), highlight=False)
     return 0
 
@@ -136,7 +137,7 @@ def _prepare(request: Request) -> str:
 
     device = _kind(request.device)
     cpu_runtime.set_threads(request.threads)
-    if device == "cpu":
+    if device == "cpu" and request.keep_memory:
         cpu_runtime.keep_freed_memory()
     return device
 
@@ -302,7 +303,8 @@ def describe(request: Request, device: str, runner: Runner) -> dict[str, str | i
     }
     if device == "cpu":
         about |= {"threads": torch.get_num_threads(), "level": native.cpu_level() or "no native ops"}
-        about["memory"] = "freed memory is kept, as in a training run"
+        kept = "freed memory is kept, as in a training run"
+        about["memory"] = kept if request.keep_memory else "freed memory is returned, as in plain torch"
     about["profile"] = profile.load(device).state
     return about
 
@@ -334,18 +336,25 @@ def _refuse_profile(request: Request) -> None:
         raise BenchRequestError("bench kernels: a profile compares the mode full; add it to --mode")
     if request.providers:
         raise BenchRequestError("bench kernels: a profile compares all implementations; leave out --provider")
-    if not request.cold:
-        raise BenchRequestError("bench kernels: a profile is made with cold caches; leave out --warm")
+    if not request.cold or not request.keep_memory:
+        option = "--return-memory" if request.cold else "--warm"
+        raise BenchRequestError(
+            f"bench kernels: a profile is made under the conditions of training; leave out {option}"
+        )
 
 
 def profile_of(rows: list[Row]) -> dict[str, dict[str, dict[str, dict[str, tuple[float, float, float]]]]]:
-    """What a profile keeps of these rows: times of the registry's implementations as training calls them."""
+    """What a profile keeps of these rows: times of the registry's implementations as training calls them.
+
+    The shapes are those of training too: times of calls that move less than LEAST_BYTES say nothing of those.
+    """
     from ..kernels.registry import IMPLEMENTATIONS, OPS
 
     known = {(row.op, row.name) for row in IMPLEMENTATIONS}
     found: dict[str, dict[str, dict[str, dict[str, tuple[float, float, float]]]]] = {}
     for row in rows:
-        if row.op in OPS and row.mode in ("full", "step") and row.repeats and (row.op, row.provider) in known:
+        as_trained = row.mode in ("full", "step") and row.repeats and row.bytes >= LEAST_BYTES
+        if as_trained and row.op in OPS and (row.op, row.provider) in known:
             shapes = found.setdefault(row.op, {}).setdefault(row.dtype, {})
             shapes.setdefault(row.shape, {})[row.provider] = (row.min_ms, row.p20_ms, row.p80_ms)
     return found
@@ -356,6 +365,11 @@ def _write_profile(device: str, rows: list[Row]) -> None:
     from ..kernels.bench.cases import DTYPES
 
     found = profile_of(rows)
+    if not found:
+        raise BenchRequestError(
+            "bench kernels: no profile is written: no op was timed forward and backward in a shape that "
+            "moves 1 MiB or more; name larger shapes, or raise --budget"
+        )
     file = profile.write(device, found)
     print(f"profile written to {file}; this machine's runs use it")
     for dtype in dict.fromkeys(dtype for of in found.values() for dtype in of):

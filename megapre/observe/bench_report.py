@@ -25,7 +25,7 @@ def header(about: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
     keys = ("threads", "level", "torch", "megapre")
-    software = [f"{about[key]} threads" if key == "threads" else f"{key} {about[key]}" for key in keys if key in about]
+    software = [f"{key} {about[key]}" for key in keys if key in about]
     return Text.assemble(
         (f"{about['hardware']}", "bold"),
         f", {', '.join(software)}\n",
@@ -46,7 +46,7 @@ def tables(report: Report) -> Iterator[RenderableType]:
         table.add_column("mode", width=9)
         table.add_column("provider", width=16)
         names = ("min ms", "median", "p20-p80", "rate", "of ceiling", "vs best peer", *(["goal"] if goals else []))
-        for name, width in zip(names, (9, 9, 17, 14, 10, 20, 26), strict=False):
+        for name, width in zip(names, (9, 9, 17, 14, 10, 20, 20), strict=False):
             table.add_column(name, justify="left" if name == "goal" else "right", width=width, no_wrap=True)
         last = ""
         for row in rows:
@@ -82,7 +82,7 @@ def cells(row: Row, last_mode: str = "", goals: bool = False) -> list[str]:
         f"{100 * row.of_ceiling:.0f}%",
         ratio,
     ]
-    met = "" if row.met is None else f"{row.goal} {'met' if row.met else 'MISSED'}"
+    met = "" if row.met is None else f"{row.goal} {'met' if row.met else 'missed'}"
     return [*found, met] if goals else found
 
 
@@ -96,8 +96,9 @@ def write(report: Report, out: str) -> list[str]:
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     word = re.sub(r"[^a-z0-9]+", "-", str(report.about["hardware"]).lower()).strip("-")
-    extra = f"-{report.about['threads']}threads" if "threads" in report.about else ""
-    stem = folder / f"kernels_{word}{extra}_{report.about['date']}"
+    if report.about["device"] == "cpu":
+        word += f"-{report.about['threads']}threads-{re.sub('[^a-z0-9]+', '-', str(report.about['level']))}"
+    stem = folder / f"kernels_{report.about['device']}_{word}_{report.about['date']}"
     files = {".csv": as_csv(report.rows), ".json": as_json(report), ".md": as_markdown(report)}
     for suffix, text in files.items():
         Path(f"{stem}{suffix}").write_text(text, encoding="utf-8")

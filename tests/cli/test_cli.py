@@ -12,6 +12,7 @@ import pytest
 
 import megapre.data.tokenize
 import megapre.data.tokenizer
+import megapre.observe.bench_kernels
 import megapre.train.bench
 import megapre.train.evaluate
 import megapre.train.loop
@@ -111,6 +112,49 @@ def test_bench_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.assert_called_once_with(  # type: ignore[attr-defined]
         load("debug", ["batch.micro=4"]), steps=2, warmup=0, json_path="r.json"
     )
+
+
+def test_bench_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = door(monkeypatch, megapre.observe.bench_kernels, "run", 0)
+    assert run("bench", "kernels") == 0
+    bench.assert_called_once_with(megapre.observe.bench_kernels.Request(), None, False)  # type: ignore[attr-defined]
+    options = "--shape T=8,H=8 --shape llama3-8b --tokens 9 --dtype bf16,fp32 --provider native,torch --mode full"
+    options += " --device cpu --threads 1 --repeats 3 --budget 7 --warm --return-memory --out o --write-profile"
+    assert run("bench", "kernels", "rms_norm", "rope", *options.split()) == 0
+    request = megapre.observe.bench_kernels.Request(
+        ops=("rms_norm", "rope"),
+        shapes=("T=8,H=8", "llama3-8b"),
+        tokens=9,
+        dtypes=("bf16", "fp32"),
+        providers=("native", "torch"),
+        modes=("full",),
+        device="cpu",
+        threads=1,
+        repeats=3,
+        budget=7.0,
+        cold=False,
+        keep_memory=False,
+    )
+    bench.assert_called_with(request, "o", True)  # type: ignore[attr-defined]
+
+
+def test_bench_kernels_lists_what_there_is(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", "kernels", "--list", "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    for words in ("rms_norm", "T H", "reference, compile", "T tokens", "documents"):
+        assert words in out
+
+
+def test_doctor_shows_each_implementation_and_why(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor") == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("  cross_entropy "))
+    assert lines[at].split() in (["cross_entropy", "native", "in", "use", "by", "preference"],
+                                 ["cross_entropy", "native", "not", "here", "(2)"])  # fmt: skip
+    assert lines[at + 1].split() == ["triton", "not", "here", "(1)"]
+    assert lines[at + 2].split()[:1] == ["reference"]
+    assert any(line.startswith("  (1) ") and "riton" in line for line in lines)
+    assert any("cpu profile" in line and "off: MEGAPRE_KERNEL_PROFILE=off" in line for line in lines)
 
 
 def test_doctor_reports_every_section(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
