@@ -265,6 +265,8 @@ def bench_kernels(
     megapre bench kernels rms_norm swiglu --shape llama3-8b --dtype bf16,fp32 --out results
     megapre bench kernels rms_norm --shape T=2048,H=4096 --provider native,torch,compile
     """
+    if return_memory:
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "0"  # torch reads it when it is imported, below
     from .observe import bench_kernels
 
     request = bench_kernels.Request(

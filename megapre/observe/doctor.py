@@ -153,6 +153,7 @@ def tools() -> Iterator[Fact]:
 def profile() -> Iterator[Fact]:
     torch = importlib.import_module("torch")
     profiles = importlib.import_module("megapre.kernels.profile")
+    importlib.import_module("megapre.train.cpu_runtime").set_threads(0)  # a profile is for a number of threads: a run's
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it would say is what is shown here
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

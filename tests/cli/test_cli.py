@@ -115,6 +115,7 @@ def test_bench_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bench_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
     bench = door(monkeypatch, megapre.observe.bench_kernels, "run", 0)
     assert run("bench", "kernels") == 0
     bench.assert_called_once_with(megapre.observe.bench_kernels.Request(), None, False)  # type: ignore[attr-defined]
@@ -136,6 +137,7 @@ def test_bench_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         keep_memory=False,
     )
     bench.assert_called_with(request, "o", True)  # type: ignore[attr-defined]
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0", "huge pages are no part of plain torch"
 
 
 def test_bench_kernels_lists_what_there_is(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
