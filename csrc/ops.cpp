@@ -53,6 +53,13 @@ TORCH_LIBRARY(megapre, m) {
   m.def(
       "cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor? dlosses, int ignore_index, float label_smoothing,"
       " float z_loss, int vocab) -> Tensor");
+  // The same in halves for logits whose columns lie in shards, column 0 of each being vocab_start of the whole row.
+  m.def(
+      "cross_entropy_local(Tensor logits, Tensor labels, int vocab_start, int vocab, int ignore_index,"
+      " bool label_smoothing) -> Tensor stats");
+  m.def(
+      "cross_entropy_local_backward_(Tensor(a!) logits, Tensor labels, Tensor lse, Tensor? dlosses, int vocab_start,"
+      " int vocab, int ignore_index, float label_smoothing, float z_loss) -> ()");
 
   // q, o [B, Sq, N, D]; k, v [B, Sk, K, D]; lse [B, N, Sq] fp32.
   m.def(

@@ -37,6 +37,7 @@ def register() -> torch.library.Library:
         rms_norm,
         rope,
         swiglu,
+        vocab_parallel,
     )
 
     native.load()
@@ -51,6 +52,7 @@ def register() -> torch.library.Library:
         swiglu,
         attention,
         cross_entropy,
+        vocab_parallel,
         linear,
         linear_cross_entropy,
         adamw,

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -14,7 +15,7 @@ namespace megapre::cpu {
 namespace {
 
 // Everything is checked before anything is written: an in-place op must not fail half way.
-void check(
+void check_rows(
     const char* op, const at::Tensor& logits, const at::Tensor& labels, int64_t ignore_index, double label_smoothing,
     int64_t vocab) {
   TORCH_CHECK_VALUE(
@@ -25,9 +26,6 @@ void check(
       "; supported are fp32, bf16, fp16, fp64");
   TORCH_CHECK_TYPE(labels.scalar_type() == c10::kLong, op, ": labels are ", labels.scalar_type(), ", not int64");
   TORCH_CHECK_VALUE(
-      vocab >= 1 && vocab <= logits.size(1), op, ": vocab ", vocab, " lies outside [1, ", logits.size(1),
-      "], the columns of the logits");
-  TORCH_CHECK_VALUE(
       label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing ", label_smoothing, " lies outside [0, 1]");
   const int64_t* label = labels.const_data_ptr<int64_t>();
   for (int64_t row = 0; row < labels.size(0); ++row) {
@@ -35,6 +33,31 @@ void check(
         label[row] == ignore_index || (label[row] >= 0 && label[row] < vocab), op, ": label ", label[row], " of row ",
         row, " lies outside [0, ", vocab, ") and is not ignore_index ", ignore_index);
   }
+}
+
+void check(
+    const char* op, const at::Tensor& logits, const at::Tensor& labels, int64_t ignore_index, double label_smoothing,
+    int64_t vocab) {
+  TORCH_CHECK_VALUE(
+      logits.dim() != 2 || (vocab >= 1 && vocab <= logits.size(1)), op, ": vocab ", vocab, " lies outside [1, ",
+      logits.dim() == 2 ? logits.size(1) : 0, "], the columns of the logits");
+  check_rows(op, logits, labels, ignore_index, label_smoothing, vocab);
+}
+
+void check_in_place(const char* op, const at::Tensor& logits) {
+  TORCH_CHECK_VALUE(
+      (logits.stride(1) == 1 || logits.size(1) == 1) &&
+          (logits.size(0) < 2 || logits.stride(0) >= logits.size(1)),
+      op, ": logits have strides ", logits.strides(), "; to be overwritten in place, the ", logits.size(1),
+      " elements of a row must be neighbours and rows must not overlap");
+}
+
+// How many columns of a shard that begins at `vocab_start` exist: of the last shards some, or none.
+int64_t columns_of_shard(const char* op, const at::Tensor& logits, int64_t vocab_start, int64_t vocab) {
+  TORCH_CHECK_VALUE(
+      vocab_start >= 0 && vocab >= 1, op, ": a shard from column ", vocab_start, " on of ", vocab,
+      " columns; vocab_start >= 0 and vocab >= 1 are needed");
+  return std::clamp<int64_t>(vocab - vocab_start, 0, logits.size(1));
 }
 
 at::Tensor per_row(const at::Tensor& logits) {
@@ -59,6 +82,8 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy(
   const CrossEntropyRows op{
       .dtype = logits.scalar_type(),
       .vocab = vocab,
+      .first = 0,
+      .columns = vocab,
       .width = rows.width,
       .logits = rows.data(),
       .stride = rows.stride,
@@ -68,6 +93,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy(
       .z_loss = z_loss,
       .losses = losses.data_ptr(),
       .lse = lse.data_ptr(),
+      .stats = nullptr,
       .dlosses = nullptr,
       .gradient = nullptr,
       .gradient_stride = 0,
@@ -89,6 +115,8 @@ at::Tensor cross_entropy_backward(
   const CrossEntropyRows op{
       .dtype = logits.scalar_type(),
       .vocab = vocab,
+      .first = 0,
+      .columns = vocab,
       .width = rows.width,
       .logits = rows.data(),
       .stride = rows.stride,
@@ -98,6 +126,7 @@ at::Tensor cross_entropy_backward(
       .z_loss = z_loss,
       .losses = nullptr,
       .lse = lse.data_ptr(),
+      .stats = nullptr,
       .dlosses = dlosses.data_ptr(),
       .gradient = gradient.data_ptr(),
       .gradient_stride = rows.width,
@@ -112,10 +141,7 @@ at::Tensor cross_entropy_(
     double label_smoothing, double z_loss, int64_t vocab) {
   const at::Tensor labels = labels_in.contiguous();
   check("cross_entropy_", logits, labels, ignore_index, label_smoothing, vocab);
-  TORCH_CHECK_VALUE(
-      logits.stride(1) == 1 && (logits.size(0) < 2 || logits.stride(0) >= logits.size(1)),
-      "cross_entropy_: logits have strides ", logits.strides(), "; to be overwritten in place, the ", logits.size(1),
-      " elements of a row must be neighbours and rows must not overlap");
+  check_in_place("cross_entropy_", logits);
   at::Tensor dlosses;
   if (dlosses_in.has_value()) {
     dlosses = checked_per_row(*dlosses_in, logits, "dlosses");
@@ -125,6 +151,8 @@ at::Tensor cross_entropy_(
   const CrossEntropyRows op{
       .dtype = logits.scalar_type(),
       .vocab = vocab,
+      .first = 0,
+      .columns = vocab,
       .width = logits.size(1),
       .logits = logits.data_ptr(),
       .stride = logits.stride(0),
@@ -134,6 +162,7 @@ at::Tensor cross_entropy_(
       .z_loss = z_loss,
       .losses = losses.data_ptr(),
       .lse = nullptr,
+      .stats = nullptr,
       .dlosses = dlosses.defined() ? dlosses.data_ptr() : nullptr,
       .gradient = logits.data_ptr(),
       .gradient_stride = logits.stride(0),
@@ -147,6 +176,78 @@ at::Tensor cross_entropy_(
   return losses;
 }
 
+at::Tensor cross_entropy_local(
+    const at::Tensor& logits, const at::Tensor& labels_in, int64_t vocab_start, int64_t vocab, int64_t ignore_index,
+    bool label_smoothing) {
+  const char* name = "cross_entropy_local";
+  const at::Tensor labels = labels_in.contiguous();
+  check_rows(name, logits, labels, ignore_index, /*label_smoothing=*/0, vocab);
+  const int64_t columns = columns_of_shard(name, logits, vocab_start, vocab);
+  const Rows rows(logits);
+  at::Tensor stats = at::empty(
+      {rows.count, label_smoothing ? 4 : 3}, logits.options().dtype(acc_dtype(logits.scalar_type())));
+  const CrossEntropyRows op{
+      .dtype = logits.scalar_type(),
+      .vocab = vocab,
+      .first = vocab_start,
+      .columns = columns,
+      .width = rows.width,
+      .logits = rows.data(),
+      .stride = rows.stride,
+      .labels = labels.const_data_ptr<int64_t>(),
+      .ignore_index = ignore_index,
+      .label_smoothing = label_smoothing ? 1.0 : 0.0,
+      .z_loss = 0,
+      .losses = nullptr,
+      .lse = nullptr,
+      .stats = stats.data_ptr(),
+      .dlosses = nullptr,
+      .gradient = nullptr,
+      .gradient_stride = 0,
+  };
+  const CrossEntropyKernels& kernels = MEGAPRE_CHOOSE(cross_entropy_kernels);
+  at::parallel_for(0, rows.count, grain(columns), [&](int64_t begin, int64_t end) { kernels.local(op, begin, end); });
+  return stats;
+}
+
+void cross_entropy_local_backward_(
+    at::Tensor& logits, const at::Tensor& labels_in, const at::Tensor& lse_in, const std::optional<at::Tensor>& dlosses_in,
+    int64_t vocab_start, int64_t vocab, int64_t ignore_index, double label_smoothing, double z_loss) {
+  const char* name = "cross_entropy_local_backward_";
+  const at::Tensor labels = labels_in.contiguous();
+  check_rows(name, logits, labels, ignore_index, label_smoothing, vocab);
+  const int64_t columns = columns_of_shard(name, logits, vocab_start, vocab);
+  check_in_place(name, logits);
+  const at::Tensor lse = checked_per_row(lse_in, logits, "lse");
+  at::Tensor dlosses;
+  if (dlosses_in.has_value()) {
+    dlosses = checked_per_row(*dlosses_in, logits, "dlosses");
+  }
+  const CrossEntropyRows op{
+      .dtype = logits.scalar_type(),
+      .vocab = vocab,
+      .first = vocab_start,
+      .columns = columns,
+      .width = logits.size(1),
+      .logits = logits.data_ptr(),
+      .stride = logits.stride(0),
+      .labels = labels.const_data_ptr<int64_t>(),
+      .ignore_index = ignore_index,
+      .label_smoothing = label_smoothing,
+      .z_loss = z_loss,
+      .losses = nullptr,
+      .lse = lse.data_ptr(),
+      .stats = nullptr,
+      .dlosses = dlosses.defined() ? dlosses.data_ptr() : nullptr,
+      .gradient = logits.data_ptr(),
+      .gradient_stride = logits.stride(0),
+  };
+  const CrossEntropyKernels& kernels = MEGAPRE_CHOOSE(cross_entropy_kernels);
+  at::parallel_for(0, logits.size(0), grain(op.width), [&](int64_t begin, int64_t end) {
+    kernels.backward(op, begin, end);
+  });
+}
+
 }  // namespace
 }  // namespace megapre::cpu
 
@@ -154,4 +255,6 @@ TORCH_LIBRARY_IMPL(megapre, CPU, m) {
   m.impl("cross_entropy", &megapre::cpu::cross_entropy);
   m.impl("cross_entropy_backward", &megapre::cpu::cross_entropy_backward);
   m.impl("cross_entropy_", &megapre::cpu::cross_entropy_);
+  m.impl("cross_entropy_local", &megapre::cpu::cross_entropy_local);
+  m.impl("cross_entropy_local_backward_", &megapre::cpu::cross_entropy_local_backward_);
 }

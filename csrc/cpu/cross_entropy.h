@@ -12,8 +12,10 @@ namespace megapre::cpu {
 
 struct CrossEntropyRows {
   c10::ScalarType dtype;
-  int64_t vocab;  // columns that exist
-  int64_t width;  // columns with the padding; the padding's gradient is 0
+  int64_t vocab;    // columns of a whole row that exist; label smoothing spreads over them
+  int64_t first;    // which of them column 0 is: 0, but for a shard of the columns
+  int64_t columns;  // columns that exist here: vocab, but for a shard
+  int64_t width;    // columns here with the padding; the padding's gradient is 0
   const void* logits;
   int64_t stride;
   const int64_t* labels;
@@ -22,6 +24,7 @@ struct CrossEntropyRows {
   double z_loss;
   void* losses;
   void* lse;
+  void* stats;  // of a shard, [rows, 3], or 4 with label smoothing
   const void* dlosses;  // null: 1 for every row
   void* gradient;
   int64_t gradient_stride;
@@ -30,7 +33,9 @@ struct CrossEntropyRows {
 struct CrossEntropyKernels {
   // losses and lse from logits and labels.
   void (*forward)(const CrossEntropyRows&, int64_t begin, int64_t end);
-  // gradient from logits, labels, lse and dlosses.
+  // stats from logits and labels: maximum, sum of exponentials relative to it, the label's logit, sum of logits.
+  void (*local)(const CrossEntropyRows&, int64_t begin, int64_t end);
+  // gradient from logits, labels, lse and dlosses; may overwrite the logits.
   void (*backward)(const CrossEntropyRows&, int64_t begin, int64_t end);
   // losses and gradient at once; the gradient may overwrite the logits. `scratch` holds scratch_size(vocab) accumulators.
   void (*both)(const CrossEntropyRows&, int64_t begin, int64_t end, void* scratch);

@@ -9,6 +9,9 @@
 // The sum runs over the row once with a running maximum (Milakov & Gimelshein 2018), a block of columns at a time. When
 // the gradient follows at once, the exponentials of a row stay in a scratch row in the second-level cache: they are the
 // costly part, and are not computed again.
+//
+// A shard holds columns [first, first + columns) of rows whose other columns are elsewhere. Its statistics and those of the
+// other shards together give lse, by which each shard's gradient is its own business.
 
 #include <algorithm>
 #include <cmath>
@@ -182,25 +185,50 @@ void forward_rows(const CrossEntropyRows& op, int64_t begin, int64_t end) {
   }
 }
 
+template <typename T, bool kSumX>
+void local_rows(const CrossEntropyRows& op, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  constexpr int64_t kStats = kSumX ? 4 : 3;
+  for (int64_t row = begin; row < end; ++row) {
+    A* out = static_cast<A*>(op.stats) + row * kStats;
+    if (op.labels[row] == op.ignore_index) {
+      std::fill(out, out + kStats, A(0));
+      continue;
+    }
+    const T* x = static_cast<const T*>(op.logits) + row * op.stride;
+    const int64_t label = op.labels[row] - op.first;
+    const RowStats<A> stats = row_stats<T, false, kSumX>(x, op.columns, nullptr, nullptr);
+    out[0] = stats.max;
+    out[1] = stats.sum;
+    out[2] = label >= 0 && label < op.columns ? static_cast<A>(x[label]) : A(0);
+    if constexpr (kSumX) {
+      out[3] = stats.sum_x;
+    }
+  }
+}
+
 template <typename T>
 void backward_rows(const CrossEntropyRows& op, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(op.logits) + row * op.stride;
     T* dx = static_cast<T*>(op.gradient) + row * op.gradient_stride;
-    const int64_t label = op.labels[row];
-    if (label == op.ignore_index) {
+    if (op.labels[row] == op.ignore_index) {
       std::fill(dx, dx + op.width, T(0));
       continue;
     }
+    const int64_t label = op.labels[row] - op.first;
+    const bool here = label >= 0 && label < op.columns;
     const A lse = static_cast<const A*>(op.lse)[row];
-    const auto g = row_gradient<A>(op, row, lse, static_cast<A>(x[label]) - lse);
+    const auto g = row_gradient<A>(op, row, lse, here ? static_cast<A>(x[label]) - lse : A(0));
     const Lanes<A> minus_lse(-lse);
-    write_gradient(dx, op.vocab, g.scale, g.shift, [&](int64_t i, auto... count) {
+    write_gradient(dx, op.columns, g.scale, g.shift, [&](int64_t i, auto... count) {
       return exponential<T>(load_lanes(x + i, count...) + minus_lse);
     });
-    dx[label] = static_cast<T>(g.at_label);
-    std::fill(dx + op.vocab, dx + op.width, T(0));
+    if (here) {
+      dx[label] = static_cast<T>(g.at_label);
+    }
+    std::fill(dx + op.columns, dx + op.width, T(0));
   }
 }
 
@@ -242,6 +270,13 @@ void forward(const CrossEntropyRows& op, int64_t begin, int64_t end) {
   });
 }
 
+void local(const CrossEntropyRows& op, int64_t begin, int64_t end) {
+  with_type(op.dtype, [&](auto t) {
+    const auto rows = op.label_smoothing != 0 ? local_rows<decltype(t), true> : local_rows<decltype(t), false>;
+    rows(op, begin, end);
+  });
+}
+
 void backward(const CrossEntropyRows& op, int64_t begin, int64_t end) {
   with_type(op.dtype, [&](auto t) { backward_rows<decltype(t)>(op, begin, end); });
 }
@@ -255,6 +290,6 @@ void both(const CrossEntropyRows& op, int64_t begin, int64_t end, void* scratch)
 
 }  // namespace
 
-const CrossEntropyKernels cross_entropy_kernels{forward, backward, both};
+const CrossEntropyKernels cross_entropy_kernels{forward, local, backward, both};
 
 }  // namespace megapre::cpu::CPU_CAPABILITY

@@ -123,6 +123,14 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
             )
             for dlse, cuts in ((None, None), (torch.rand(2, 4, 4, device=device), documents))
         ],
+        "cross_entropy_local": [
+            (leaf(5, 7).detach(), target, start, 9, -100, smoothing)
+            for start in (0, 4, 9)
+            for smoothing in (True, False)
+        ],
+        "cross_entropy_local_backward_": [
+            (leaf(5, 7).detach(), target, torch.full((5,), 3.0, dtype=wide, device=device), None, 4, 9, -100, 0.1, 1e-3)
+        ],
         "linear_cross_entropy": [
             (leaf(5, 6), leaf(11, 6), target, *SETTINGS, 2**26, *needs)
             for needs in ((True, True), (True, False), (False, True), (False, False))

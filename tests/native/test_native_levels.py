@@ -18,6 +18,7 @@ OPS = (
     "rope",
     "activation",
     "cross_entropy",
+    "vocab_parallel",
     "linear",
     "attention",
     "adamw",
