@@ -106,8 +106,13 @@ def native(
     """Through `megapre::attention`, for fp32, bf16 and fp16 and head dims up to 256. As `reference`.
 
     lse can be differentiated. Keeps q, k, v, o and lse; tiles of scores that a mask hides whole cost nothing.
+    A handful of fp32 queries on a cache goes through `sdpa`, for packing the keys would cost more than attending.
+    ValueError for fp64, mixed dtypes and larger heads.
     """
     _check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
+    few = q_BSND.shape[1] < min(8, k_BSKD.shape[1]) and q_BSND.shape[3] <= 256
+    if few and q_BSND.dtype == torch.float32 and cu_seqlens is None and not return_lse:
+        return sdpa(q_BSND, k_BSKD, v_BSKD, causal, None, window, scale)
     scale = _scale(q_BSND) if scale is None else scale
     o, lse = torch.ops.megapre.attention(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale)
     return (o, lse) if return_lse else o

@@ -28,8 +28,8 @@ void check(
     const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const std::optional<int64_t>& window) {
   TORCH_CHECK_VALUE(
-      q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes(), op, ": need q [B, Sq, N, D] and k, v [B, Sk, K, D]; they are q ",
-      q.sizes(), ", k ", k.sizes(), ", v ", v.sizes());
+      q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes(), op,
+      ": need q [B, Sq, N, D] and k, v [B, Sk, K, D]; they are q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes());
   TORCH_CHECK_VALUE(
       q.size(0) == k.size(0) && q.size(3) == k.size(3), op, ": batch and head dim must agree; they are q ", q.sizes(),
       ", k ", k.sizes());
@@ -66,7 +66,8 @@ std::vector<int64_t> document_ends(const char* op, const at::Tensor& cu_seqlens,
   for (int64_t i = 1; rises && i < wide.numel(); ++i) {
     rises = bound[i - 1] <= bound[i];
   }
-  TORCH_CHECK_VALUE(rises, op, ": cu_seqlens must rise from 0 to B*S = ", tokens, "; it has ", wide.numel(), " numbers");
+  TORCH_CHECK_VALUE(
+      rises, op, ": cu_seqlens must rise from 0 to B*S = ", tokens, "; it has ", wide.numel(), " numbers");
   return {bound + 1, bound + wide.numel()};
 }
 

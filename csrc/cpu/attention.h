@@ -27,8 +27,8 @@ struct Heads {
   int64_t head = 0;
 };
 
-// Query i of batch row b sees the keys first[b * span_stride + i] up to, and without, end[b * span_stride + i]. Both rise
-// with i: so do the keys that some query of a tile sees, and those that all of its queries see, form one interval each.
+// Query i of batch row b sees the keys first[b * span_stride + i] up to, and without, end[b * span_stride + i]. Neither
+// falls with i, so the keys that some query of a tile sees form one interval, and those that all of them see another.
 struct Attention {
   c10::ScalarType dtype;       // of q, k, v, o and their gradients: fp32, bf16 or fp16
   c10::ScalarType tile_dtype;  // of the operands of products: bf16 where the CPU multiplies it, fp32 otherwise
@@ -89,7 +89,7 @@ MEGAPRE_DECLARE_LEVELS(AttentionForward, attention_forward)
 
 struct AttentionBackward {
   int64_t (*space)(const Attention&);
-  // dq of the unit's queries, and their share in dk / scale and dv: sums_size(op) numbers at `sums`, one after the other
+  // dq of the unit's queries, and their share in dk / scale and dv: sums_size(op) numbers at `sums`, which are
   // [2][key_tiles * kKeyTile][padded_dim].
   void (*run)(const Attention&, const AttentionUnit&, char* space, float* sums);
   // dk and dv of one key head: the total of `parts` such sums, which follow one another, in their order.

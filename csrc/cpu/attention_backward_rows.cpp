@@ -3,8 +3,8 @@
 //   p = exp(scale q k^T - lse),   dp = do v^T,   delta = rowsum(do * o) - dlse,   ds = p (dp - delta)
 //   dv = p^T do,   dk = scale ds^T q,   dq = scale ds k
 //
-// Scores are computed transposed, keys down and queries across: s^T = k q^T and dp^T = v do^T come out of the products as
-// p^T and ds^T are wanted for dv and dk. dq is summed up transposed too: dq^T = k^T ds^T takes ds^T as it is.
+// Scores are computed transposed, keys down and queries across: s^T = k q^T and dp^T = v do^T come out of the products
+// as p^T and ds^T are wanted for dv and dk. dq is summed up transposed too: dq^T = k^T ds^T takes ds^T as it is.
 
 #include "attention_tiles.h"
 
@@ -109,22 +109,18 @@ void scores(
     const Attention& op, const Work<W>& work, const float* lse, const float* delta, const float* first,
     const float* end) {
   const Lanes<float> scale(static_cast<float>(op.scale) * kBase<T>), zero(0);
-  for (int64_t i = 0; i < kQueryTile; i += kWidth) {
-    const auto lse_i = Lanes<float>::loadu(lse + i), delta_i = Lanes<float>::loadu(delta + i);
-    Lanes<float> first_i(0), end_i(0);
-    if constexpr (kMasked) {
-      first_i = Lanes<float>::loadu(first + i);
-      end_i = Lanes<float>::loadu(end + i);
-    }
-    for (int64_t row = 0; row < kKeyTile; ++row) {
+  for (int64_t row = 0; row < kKeyTile; ++row) {
+    const Lanes<float> key(static_cast<float>(row));
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kQueryTile; i += kWidth) {
       const int64_t at = row * kQueryTile + i;
-      auto p = power<T>(fmadd(Lanes<float>::loadu(work.s + at), scale, lse_i));
+      auto p = power<T>(fmadd(Lanes<float>::loadu(work.s + at), scale, Lanes<float>::loadu(lse + i)));
       if constexpr (kMasked) {
-        const Lanes<float> key(static_cast<float>(row));
-        p = Lanes<float>::blendv(zero, p, (first_i <= key) & (key < end_i));
+        const auto visible = (Lanes<float>::loadu(first + i) <= key) & (key < Lanes<float>::loadu(end + i));
+        p = Lanes<float>::blendv(zero, p, visible);
       }
       store_tile(work.p + at, p);
-      store_tile(work.ds + at, p * (Lanes<float>::loadu(work.dp + at) - delta_i));
+      store_tile(work.ds + at, p * (Lanes<float>::loadu(work.dp + at) - Lanes<float>::loadu(delta + i)));
     }
   }
 }

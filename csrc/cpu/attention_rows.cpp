@@ -1,6 +1,7 @@
 // Tile loops of the forward pass of attention (Dao 2023, algorithm 1). Compiled once per CPU level.
 //
-//   s = scale q k^T,   m = running maximum of a row of s,   p = exp(s - m),   o = sum p v / sum p,   lse = m + log(sum p)
+//   s = scale q k^T,   m = maximum of a row of s so far,   p = exp(s - m)
+//   o = sum p v / sum p,   lse = m + log(sum p)
 //
 // A tile of keys is packed once and meets all tiles of queries that the cache holds, those of the group's heads too.
 
@@ -13,6 +14,10 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// 16 numbers, in as many vectors as that takes.
+constexpr int kGroup = 16;
+using Group = at::vec::VectorizedN<float, kGroup / at::vec::Vectorized<float>::size()>;
+
 // Where one task keeps its tiles.
 template <typename W>
 struct Work {
@@ -20,7 +25,7 @@ struct Work {
   W* q;         // [tiles][kQueryTile][width]
   float* o;     // [tiles][kQueryTile][width], not yet divided by the sum
   float* max;   // [tiles][kQueryTile], times kBase
-  float* sum;   // [tiles][kQueryTile]
+  float* sum;   // [tiles][kQueryTile][kWidth], a part of the sum in each lane
   W* rows;      // [kKeyTile][width]: keys or values on their way into packed form
   char* keys;
   char* values;
@@ -35,7 +40,7 @@ struct Work {
     q = space.take<W>(tiles * kQueryTile * width);
     o = space.take<float>(tiles * kQueryTile * width);
     max = space.take<float>(tiles * kQueryTile);
-    sum = space.take<float>(tiles * kQueryTile);
+    sum = space.take<float>(tiles * kQueryTile * kWidth);
     rows = space.take<W>(kKeyTile * width);
     keys = space.take<char>(op.products->packed_bytes(width, kKeyTile));
     values = space.take<char>(op.products->packed_bytes(kKeyTile, width));
@@ -45,6 +50,11 @@ struct Work {
   }
 };
 
+// Rows of a tile that take part in products: whole groups, so that their shapes are few and one query costs little.
+int64_t multiplied(const QueryTile& tile) {
+  return (tile.count + kGroup - 1) / kGroup * kGroup;
+}
+
 // Scores of a row of which only keys [first, end) are visible: times `scale` there, -inf elsewhere.
 void hide(float* s, int64_t first, int64_t end, float scale) {
   for (int64_t i = 0; i < kKeyTile; ++i) {
@@ -52,64 +62,78 @@ void hide(float* s, int64_t first, int64_t end, float scale) {
   }
 }
 
-float row_max(const float* s, float scale) {
-  const Lanes<float> f(scale);
-  Lanes<float> top = Lanes<float>::loadu(s) * f;
-  for (int64_t i = kWidth; i < kKeyTile; i += kWidth) {
-    top = maximum(top, Lanes<float>::loadu(s + i) * f);
+// tops[i] = largest scale * s of row i, kGroup rows at a time: the maxima of the lanes of a row are turned to lie below
+// one another, which spares a walk across the lanes for every row.
+void row_maxima(int64_t rows, const float* s, float scale, float* tops) {
+  const Group f(scale);
+  alignas(64) float lanes[kGroup * kGroup], turned[kGroup * kGroup];
+  for (int64_t row = 0; row < rows; row += kGroup) {
+    for (int64_t i = 0; i < kGroup; ++i) {
+      const float* at = s + (row + i) * kKeyTile;
+      Group top = Group::loadu(at) * f;
+      for (int64_t j = kGroup; j < kKeyTile; j += kGroup) {
+        top = maximum(top, Group::loadu(at + j) * f);
+      }
+      top.store(lanes + i * kGroup);
+    }
+    at::vec::transpose_mxn<float, kGroup, kGroup>(lanes, kGroup, turned, kGroup);
+    Group top = Group::loadu(turned);
+    for (int64_t i = 1; i < kGroup; ++i) {
+      top = maximum(top, Group::loadu(turned + i * kGroup));
+    }
+    top.store(tops + row);
   }
-  return max<float>(top);
 }
 
-// p = power(scale s - reference) and its sum.
+// p = power(scale s - reference); returns its sum in parts, one a lane.
 template <typename T, typename W>
-float row_powers(const float* s, float scale, float reference, W* p) {
+Lanes<float> row_powers(const float* s, float scale, float reference, W* p) {
   const Lanes<float> f(scale), shift(-reference);
   Lanes<float> total(0);
+#pragma GCC unroll 4
   for (int64_t i = 0; i < kKeyTile; i += kWidth) {
     const auto e = power<T>(fmadd(Lanes<float>::loadu(s + i), f, shift));
     total = total + e;
     store_tile(p + i, e);
   }
-  return sum<float>(total);
+  return total;
 }
 
 void multiply_row(float* o, int64_t width, float factor) {
-  using V = at::vec::Vectorized<float>;
-  const V f(factor);
-  for (int64_t i = 0; i < width; i += V::size()) {
-    (V::loadu(o + i) * f).store(o + i);
+  const Group f(factor);
+  for (int64_t i = 0; i < width; i += kGroup) {
+    (Group::loadu(o + i) * f).store(o + i);
   }
 }
 
-// One tile of scores: probabilities so far, and what the new maximum means for what was summed up before.
+// One tile of scores: probabilities so far, and what the new maxima mean for what was summed up before.
 template <typename T, typename W>
 void softmax(
-    const Attention& op, const QueryTile& tile, int64_t key, float* s, W* p, float* row_maxima, float* row_sums,
-    float* o) {
-  const float scale = static_cast<float>(op.scale) * kBase<T>;
-  const bool covered = tile.span.covers(key, key + kKeyTile);
+    const Attention& op, const QueryTile& tile, int64_t key, float* s, W* p, float* maxima, float* sums, float* o) {
+  float scale = static_cast<float>(op.scale) * kBase<T>;
+  if (!tile.span.covers(key, key + kKeyTile)) {
+    for (int64_t row = 0; row < tile.count; ++row) {
+      hide(s + row * kKeyTile, tile.first[row] - key, tile.end[row] - key, scale);
+    }
+    scale = 1;
+  }
   const int64_t width = op.padded_dim();
-  for (int64_t row = 0; row < tile.count; ++row, s += kKeyTile, p += kKeyTile, o += width) {
-    if (!covered) {
-      hide(s, tile.first[row] - key, tile.end[row] - key, scale);
-    }
-    const float factor = covered ? scale : 1.0f;
-    const float here = row_max(s, factor), before = row_maxima[row];
-    // Not std::max: a NaN must win.
-    const float top = here > before || std::isnan(here) ? here : before;
+  alignas(64) float tops[kQueryTile] = {}, shrink[kQueryTile];
+  row_maxima(multiplied(tile), s, scale, tops);
+  for (int64_t row = 0; row < kQueryTile; row += kWidth) {
+    const auto before = Lanes<float>::loadu(maxima + row);
+    const auto top = maximum(before, Lanes<float>::loadu(tops + row));  // a NaN wins
     // Nothing visible so far: any finite reference gives the zeros that belong there.
-    const float reference = top == -kInfinity ? 0.0f : top;
-    const float total = row_powers<T>(s, factor, reference, p);
-    if (top == before) {
-      row_sums[row] += total;
-      continue;
-    }
-    const float shrink = std::exp((before - top) / kBase<T>);
-    row_sums[row] = row_sums[row] * shrink + total;
-    row_maxima[row] = top;
-    if (before != -kInfinity) {
-      multiply_row(o, width, shrink);
+    const auto reference = maximum(top, Lanes<float>(std::numeric_limits<float>::lowest()));
+    top.store(maxima + row);
+    reference.store(tops + row);
+    power<T>(before - reference).store(shrink + row);
+  }
+  for (int64_t row = 0; row < tile.count; ++row, s += kKeyTile, p += kKeyTile, o += width, sums += kWidth) {
+    const auto total = row_powers<T>(s, scale, tops[row], p);
+    fmadd(Lanes<float>::loadu(sums), Lanes<float>(shrink[row]), total).store(sums);
+    if (shrink[row] != 1) {
+      multiply_row(o, width, shrink[row]);
     }
   }
 }
@@ -121,9 +145,10 @@ void finish(
   const int64_t width = op.padded_dim();
   for (int64_t row = 0; row < tile.count; ++row) {
     // A row with NaN or +inf has no softmax; a fast exponential might let it pass for one.
-    const float sum = maxima[row] < kInfinity ? sums[row] : std::numeric_limits<float>::quiet_NaN();
-    store_row(row_of<T>(op.o, batch, tile.head, tile.row + row), o + row * width, op.dim, 1 / sum);
-    op.lse[(batch * op.heads + tile.head) * op.queries + tile.row + row] = maxima[row] / kBase<T> + std::log(sum);
+    const float total = maxima[row] < kInfinity ? sum<float>(Lanes<float>::loadu(sums + row * kWidth))
+                                                : std::numeric_limits<float>::quiet_NaN();
+    store_row(row_of<T>(op.o, batch, tile.head, tile.row + row), o + row * width, op.dim, 1 / total);
+    op.lse[(batch * op.heads + tile.head) * op.queries + tile.row + row] = maxima[row] / kBase<T> + std::log(total);
   }
 }
 
@@ -141,7 +166,7 @@ void run_tiles(const Attention& op, const AttentionUnit& unit, const Work<W>& wo
   }
   std::fill_n(work.o, (end - begin) * size, 0.0f);
   std::fill_n(work.max, (end - begin) * kQueryTile, -kInfinity);
-  std::fill_n(work.sum, (end - begin) * kQueryTile, 0.0f);
+  std::fill_n(work.sum, (end - begin) * kQueryTile * kWidth, 0.0f);
   for (int64_t key = first_key / kKeyTile * kKeyTile; key < end_key; key += kKeyTile) {
     const int64_t count = std::min(kKeyTile, op.keys - key);
     gather(
@@ -158,15 +183,15 @@ void run_tiles(const Attention& op, const AttentionUnit& unit, const Work<W>& wo
       float* o = work.o + (t - begin) * size;
       const int64_t at = (t - begin) * kQueryTile;
       op.products->multiply(
-          kQueryTile, kKeyTile, width, work.q + (t - begin) * size, width, work.keys, work.s, kKeyTile, false);
-      softmax<T>(op, tile, key, work.s, work.p, work.max + at, work.sum + at, o);
-      op.products->multiply(kQueryTile, width, kKeyTile, work.p, kKeyTile, work.values, o, width, true);
+          multiplied(tile), kKeyTile, width, work.q + (t - begin) * size, width, work.keys, work.s, kKeyTile, false);
+      softmax<T>(op, tile, key, work.s, work.p, work.max + at, work.sum + at * kWidth, o);
+      op.products->multiply(multiplied(tile), width, kKeyTile, work.p, kKeyTile, work.values, o, width, true);
     }
   }
   for (int64_t t = begin; t < end; ++t) {
     const int64_t at = (t - begin) * kQueryTile;
     finish<T>(
-        op, unit.batch, QueryTile(op, unit, t), work.o + (t - begin) * size, work.max + at, work.sum + at);
+        op, unit.batch, QueryTile(op, unit, t), work.o + (t - begin) * size, work.max + at, work.sum + at * kWidth);
   }
 }
 

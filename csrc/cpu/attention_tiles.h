@@ -51,7 +51,7 @@ inline Lanes<float> power(const Lanes<float>& x) {
 
 // ---- tiles -------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kWidth = kLanes<float>;  // lanes of a step through a row of fp32; a tile's rows may be longer or shorter
+constexpr int64_t kWidth = kLanes<float>;  // a step through a row of scores
 
 // Stores lanes as an operand of the products.
 inline void store_tile(float* p, const Lanes<float>& v) {
