@@ -76,6 +76,9 @@ TORCH_LIBRARY(megapre, m) {
   m.def(
       "linear_weight_gradient_(Tensor(a!) dweight, Tensor(b!)? dbias, Tensor dy, Tensor x, bool accumulate) -> ()");
 
+  // total [rows, width] gets, or where `accumulate` has added to it, the sums of the rows of dy of equal ids.
+  m.def("embedding_gradient_(Tensor(a!) total, Tensor dy, Tensor ids, bool accumulate) -> ()");
+
   // Whether this CPU multiplies `dtype` by instructions of its own (bf16: AVX-512 bf16 or AMX).
   m.def("has_products_of(ScalarType dtype) -> bool", [](c10::ScalarType dtype) {
     return megapre::cpu::has_products_of(dtype);

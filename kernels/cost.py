@@ -93,6 +93,17 @@ def _attention(products: int, q_passes: int, k_passes: int) -> Entry:
     return entry
 
 
+def _embedding(shape: Shape, size: int) -> tuple[int, int]:
+    elements = shape["T"] * shape["H"]
+    return 0, 2 * elements * size + 8 * shape["T"]
+
+
+def _embedding_backward(shape: Shape, size: int) -> tuple[int, int]:
+    # dy in, and as many fp32 sums added to; where they lie is the owner's to have cleared.
+    elements = shape["T"] * shape["H"]
+    return elements, elements * (size + 8) + 8 * shape["T"]
+
+
 def _linear(shape: Shape, size: int) -> tuple[int, int]:
     rows, ins, outs = shape["T"], shape["I"], shape["O"]
     return 2 * rows * ins * outs, (rows * ins + ins * outs + rows * outs) * size
@@ -132,6 +143,8 @@ def _grad_norm(shape: Shape, size: int) -> tuple[int, int]:
 
 
 ENTRIES: dict[str, Entry] = {
+    "embedding": _embedding,
+    "embedding_backward": _embedding_backward,
     "linear": _linear,
     "linear_backward": _linear_backward,
     "layer_norm": _norm(8, passes=2, residual_passes=2, fp32_per_row=2),

@@ -14,6 +14,7 @@ from . import (
     adamw,
     attention,
     cross_entropy,
+    embedding,
     gelu,
     grad_norm,
     layer_norm,
@@ -62,8 +63,15 @@ def _needs_native(*ops: str) -> Callable[[str], str]:
     return why_not
 
 
+def _on_cpu_alone(reason: str) -> Callable[[str], str]:
+    return lambda device: "" if device == "cpu" else reason
+
+
 # In order of preference: the first that can serve a device is its default.
 IMPLEMENTATIONS = (
+    Implementation("embedding", "summed", embedding.summed, _on_cpu_alone("torch's own kernel sums in fp32 there")),
+    Implementation("embedding", "torch", embedding.torch_embedding),
+    Implementation("embedding", "reference", embedding.reference),
     Implementation("linear", "native", linear.native, _needs_native("linear_", "linear_weight_gradient_")),
     Implementation("linear", "torch", linear.torch_linear),
     Implementation("linear", "reference", linear.reference),
@@ -124,6 +132,7 @@ IMPLEMENTATIONS = (
 class Kernels:
     """The chosen implementation of every op, as attributes. Passed to whatever computes; there is no global choice."""
 
+    embedding: Op
     linear: Op
     layer_norm: Op
     rms_norm: Op

@@ -192,9 +192,9 @@ class Transformer(nn.Module):
         super().__init__()
         like: Like = {"dtype": dtype, "device": device}
         self.cfg, self.ops = cfg, ops
-        self.embed = Embedding(cfg.vocab_padded, cfg.hidden, **like)
+        self.embed = Embedding(cfg.vocab_padded, cfg.hidden, ops, like)
         learned = cfg.positions == "learned"
-        self.positions = Embedding(cfg.context, cfg.hidden, **like) if learned else None
+        self.positions = Embedding(cfg.context, cfg.hidden, ops, like) if learned else None
         self.rotary = None if learned else Rotary(cfg, device)
         self.blocks = nn.ModuleList(Block(cfg, ops, like) for _ in range(cfg.layers))
         self.norm = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[cfg.norm](cfg, ops, like)

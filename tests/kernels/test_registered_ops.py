@@ -189,6 +189,7 @@ def calls(device: str) -> dict[str, list[tuple[Call, list[tuple[int, ...]]]]]:
     documents = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
     qkv = [(2, 4, 4, 4), (2, 4, 2, 4), (2, 4, 2, 4)]
     return {
+        "embedding": [(lambda op: lambda w: op(target.clamp(0), w), [(9, 8)])],
         "linear": [
             (lambda op: lambda x, w, b: op(x, w, b), [(2, 3, 8), (5, 8), (5,)]),
             (lambda op: lambda x, w: op(x, w), [(3, 8), (5, 8)]),

@@ -1,0 +1,73 @@
+"""The embedding against torch's own, by the 2x rule; sums of frequent tokens; gradients into sinks."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rule import twice
+from torch import Tensor
+from torch.nn import functional as F
+
+from megapre import kernels
+
+OP = "embedding"
+
+
+def drawn(seed: int, *shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(tokens=st.integers(0, 60), rows=st.integers(1, 20), width=st.integers(1, 70))
+def test_obeys_the_rule(
+    device: str, implementation: str, dtype: torch.dtype, tokens: int, rows: int, width: int
+) -> None:
+    op = kernels.choose(device, {OP: implementation}).embedding
+    ids = torch.randint(rows, (2, tokens), generator=torch.Generator().manual_seed(tokens)).to(device)
+    weight = drawn(1, rows, width, dtype=dtype, device=device)
+    twice(lambda w: op(ids, w), lambda w: F.embedding(ids, w), [weight])
+
+
+@pytest.mark.parametrize("name", ["summed", "reference"])
+def test_the_gradient_of_a_frequent_token_is_exact_in_bf16(name: str) -> None:
+    """torch's own CPU kernel adds 1,000 ones to 256 in bf16."""
+    ids = torch.tensor([3] * 1000 + [5, 0, 5] + [9] * 300).view(1, -1)
+    weight = drawn(2, 12, 64, dtype=torch.bfloat16, device="cpu").requires_grad_()
+    grad = drawn(1, 1, 1303, 64, dtype=torch.bfloat16, device="cpu") + 1
+    out = kernels.choose("cpu", {OP: name}).embedding(ids, weight)
+    assert torch.equal(out, weight[ids])
+    out.backward(grad)
+    exact = torch.zeros(12, 64, dtype=torch.float64).index_add_(0, ids[0], grad[0].double())
+    assert weight.grad is not None
+    # One rounding to bf16, half an ulp.
+    torch.testing.assert_close(weight.grad.double(), exact, rtol=2**-8, atol=0)
+    assert weight.grad[3].min() > 800
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_land_in_sinks(dtype: torch.dtype) -> None:
+    op = kernels.choose("cpu").embedding
+    weight = torch.nn.Parameter(drawn(1, 9, 6, dtype=dtype, device="cpu"))
+    total, calls = torch.full((9, 6), torch.nan), []
+
+    def sink() -> tuple[Tensor, bool]:
+        calls.append(1)
+        return total, len(calls) > 1
+
+    weight.gradient_sink = sink  # type: ignore[attr-defined]
+    expected = torch.zeros(9, 6)
+    for step in range(3):
+        ids = torch.randint(7, (2, 5), generator=torch.Generator().manual_seed(step))
+        dy = drawn(step, 2, 5, 6, dtype=dtype, device="cpu")
+        op(ids, weight).backward(dy)
+        expected.index_add_(0, ids.flatten(), dy.reshape(-1, 6).float())
+    assert weight.grad is None and len(calls) == 3
+    torch.testing.assert_close(total, expected)
+
+
+def test_an_id_beyond_the_table_is_an_error(implementation: str, device: str) -> None:
+    if device != "cpu":
+        pytest.skip("CUDA stops the process")
+    op = kernels.choose(device, {OP: implementation}).embedding
+    with pytest.raises(IndexError):
+        op(torch.tensor([1, 4]), torch.ones(4, 3))

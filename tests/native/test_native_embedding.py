@@ -1,0 +1,63 @@
+"""The C++ sum of the embedding's gradient: fp64, layouts, empty, poison, the same bits for any threads, errors."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rule import close
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def drawn(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def acc(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(tokens=st.integers(0, 90), rows=st.integers(1, 12), width=st.integers(1, 70), accumulate=st.booleans())
+def test_obeys_the_rule(ops: Any, dtype: torch.dtype, tokens: int, rows: int, width: int, accumulate: bool) -> None:
+    ids = torch.randint(rows, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    dy = drawn(1, tokens, width, dtype=dtype)
+    for total_dtype in {dtype, acc(dtype)}:
+        before = drawn(2, rows, width, dtype=total_dtype)
+        total = before.clone() if accumulate else torch.full_like(before, torch.nan)
+        ops.embedding_gradient_(total, dy, ids, accumulate)
+        start = before if accumulate else torch.zeros_like(before)
+        exact = start.double().index_add(0, ids, dy.double())
+        own = start.to(acc(dtype)).index_add(0, ids, dy.to(acc(dtype))).to(total_dtype)
+        close(total, own, exact)
+
+
+def test_any_layout_and_any_threads_give_the_same_bits(ops: Any) -> None:
+    ids = torch.randint(50, (3000,), generator=torch.Generator().manual_seed(0)) ** 2 // 50
+    dy = drawn(1, 3000, 77, dtype=torch.bfloat16)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for given_dy in (dy, torch.full((3000, 90), torch.nan).bfloat16()[:, 5:82].copy_(dy), dy.T.contiguous().T):
+            total = torch.full((50, 90), torch.nan)
+            ops.embedding_gradient_(total[:, 3:80], given_dy, ids.repeat_interleave(2)[::2], False)
+            assert total[:, :3].isnan().all() and total[:, 80:].isnan().all(), "written beyond its columns"
+            results.append(total[:, 3:80].clone())
+    torch.set_num_threads(1)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_errors_have_numbers(ops: Any) -> None:
+    total, dy, ids = torch.ones(4, 3), torch.ones(2, 3), torch.tensor([0, 4])
+    with pytest.raises(IndexError, match=r"id 4 of token 1 lies outside \[0, 4\)"):
+        ops.embedding_gradient_(total, dy, ids, True)
+    assert torch.equal(total, torch.ones(4, 3)), "written before it was checked"
+    with pytest.raises(ValueError, match=r"dy is \[2, 3\], ids \[1\] and the gradient \[4, 3\]"):
+        ops.embedding_gradient_(total, dy, ids[:1], True)
+    with pytest.raises(TypeError, match="the gradient is Double; it can be Float or that of dy, Float"):
+        ops.embedding_gradient_(total.double(), dy, ids, True)
+    with pytest.raises(TypeError, match="ids are Int, not int64"):
+        ops.embedding_gradient_(total, dy, ids.int(), True)
