@@ -68,7 +68,7 @@ def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu", fuse
     if first:  # tokens, as int64
         ends += in_flight * 8 * tokens
     if last:  # input of the last norm with its statistics, and the gradient that the loss hands back
-        ends += tokens * (2 * model.hidden * element + _norm_statistics(model, element))
+        ends += tokens * (2 * model.hidden * element + _norm_statistics(model))
     return Memory(
         weights=held * element,
         gradients=held * 4,
@@ -110,25 +110,25 @@ def chunks_in_flight(cfg: Config, stage: int, dp: int = 1) -> int:
 def layer_activations(model: Model, tokens: int, element: int, tp: int = 1, sequence_parallel: bool = True) -> int:
     """Bytes that one layer of megapre keeps of `tokens` tokens for its backward, on one of `tp` ranks.
 
-    Kept: the stream before each norm and the norm's output (4H); qkv (v is a view into it), and with rope the turned q
-    and k; the attention's output and its log-sum-exp; the ffn's inner values: before and after gelu, or gate, up
-    and their gated product.
+    Kept: the stream before each norm and the norm's output (4H); qkv, in which rope turns q and k in place; the
+    attention's output and its log-sum-exp; the ffn's inner values: before and after gelu, or gate, up and their gated
+    product.
     """
     q = model.heads // tp * model.head_dim
     kv = max(model.kv_heads // tp, 1) * model.head_dim
     f = model.ffn // tp
-    attention = (q + 2 * kv) + q + (q + kv if model.positions == "rope" else 0)
-    if model.qk_norm:  # q and k before and after their norms
+    attention = (q + 2 * kv) + q
+    if model.qk_norm:  # q and k before their norms and, turned, after them
         attention += q + kv
     ffn = 3 * f if model.gated else 2 * f
     inner = element * (attention + ffn) + 4 * (model.heads // tp)
-    outer = element * 4 * model.hidden + 2 * _norm_statistics(model, element)
+    outer = element * 4 * model.hidden + 2 * _norm_statistics(model)
     return tokens * inner + tokens * outer // (tp if sequence_parallel else 1)
 
 
-def _norm_statistics(model: Model, element: int) -> int:
-    """Bytes a token that a norm keeps: mean and 1/std, or 1/rms in fp32."""
-    return 2 * element if model.norm == "layernorm" else 4
+def _norm_statistics(model: Model) -> int:
+    """Bytes a token that a norm keeps: mean and 1/std, or 1/rms, in fp32."""
+    return 8 if model.norm == "layernorm" else 4
 
 
 def logits_bytes(
@@ -136,15 +136,18 @@ def logits_bytes(
 ) -> int:
     """Bytes of head and loss at their peak, which is that of the whole step: every activation is there.
 
-    One chunk of logits, the head's gradient in fp32, and beside them the larger of a chunk's share of that gradient
-    and, where cross-entropy is composed of torch's operations instead of one kernel, its fp32 copies of the chunk.
+    One chunk of logits and, where cross-entropy is composed of torch's operations instead of one kernel, its fp32 copies
+    of the chunk. The head's gradient is added up where all gradients are on the CPU; elsewhere it is fp32 of its own and,
+    where products do not add in fp32, a chunk's share stands beside it.
     """
     columns = -(-model.vocab_padded // tp)
     most = max(MAX_LOGITS[device] // max(columns, 1), LOGITS_ROWS)
     chunks = max(-(-tokens // most), 1)
     chunk, table = -(-tokens // chunks) * columns, columns * model.hidden
-    share = table * (element if device == "cpu" else 4 if element == 2 else 0)  # on CUDA a product may add in fp32
     copies = 0 if fused_loss else 4 * chunk * (3 if element == 2 else 2)
+    if device == "cpu":
+        return element * chunk + copies
+    share = 4 * table if element == 2 else 0
     return element * chunk + 4 * table + max(share, copies)
 
 

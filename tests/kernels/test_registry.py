@@ -108,7 +108,8 @@ def test_every_op_has_a_cost() -> None:
     assert {op.removesuffix("_backward") for op in ENTRIES} == ops
     for op in ENTRIES:
         flops, moved = cost(op, SIZES, "bf16")
-        assert isinstance(flops, int) and isinstance(moved, int) and flops > 0 and moved > 0
+        assert isinstance(flops, int) and isinstance(moved, int) and moved > 0
+        assert flops > 0 or op == "embedding", "a lookup computes nothing, everything else does"
         assert cost(op, SIZES, "fp32")[1] >= moved
     with pytest.raises(ValueError, match="there is no op 'softmax'"):
         cost("softmax", SIZES, "bf16")

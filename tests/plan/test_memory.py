@@ -108,13 +108,13 @@ def test_the_chunks_of_logits_are_those_of_the_kernel() -> None:
     for device, most in MAX_LOGITS.items():
         for tokens in (1, 100, 4096, 65536):
             chunk = linear_cross_entropy.chunk_rows(tokens, model.vocab_padded, most) * model.vocab_padded
-            head = (4 + {"cpu": 2, "cuda": 4}[device]) * model.vocab_padded * 64
+            head = {"cpu": 0, "cuda": 4 + 4}[device] * model.vocab_padded * 64
             assert logits_bytes(model, tokens, 2, device=device) == 2 * chunk + head
     assert f", {LOGITS_ROWS})" in inspect.getsource(linear_cross_entropy.chunk_rows)
 
 
 # GiB that torch 2.11's allocator had given out at the peak of a second step on an H200, 2026-11-20, cross-entropy
-# composed of torch's operations: recipe, overrides, peak.
+# composed of torch's operations and rope keeping q and k before their turn: recipe, overrides, peak.
 MEASURED = [
     ("gpt2-124m", ["batch.micro=8"], 9.955),
     ("gpt2-124m", ["batch.micro=32"], 16.766),
@@ -126,7 +126,10 @@ MEASURED = [
 
 @pytest.mark.parametrize(("recipe", "overrides", "peak"), MEASURED)
 def test_peaks_measured_on_a_gpu(recipe: str, overrides: list[str], peak: float) -> None:
-    predicted = fullest_rank(load(recipe, overrides), device="cuda", fused_loss=False).total / GIB
+    cfg = load(recipe, overrides)
+    rope = (cfg.model.heads + cfg.model.kv_heads) * cfg.model.head_dim if cfg.model.positions == "rope" else 0
+    unturned = 2 * cfg.batch.micro * cfg.batch.seq_length * cfg.model.layers * rope
+    predicted = (fullest_rank(cfg, device="cuda", fused_loss=False).total + unturned) / GIB
     assert predicted == pytest.approx(peak, rel=0.01)  # cuBLAS's workspace, and blocks rounded up
 
 
