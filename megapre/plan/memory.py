@@ -136,9 +136,9 @@ def logits_bytes(
 ) -> int:
     """Bytes of head and loss at their peak, which is that of the whole step: every activation is there.
 
-    One chunk of logits and, where cross-entropy is composed of torch's operations instead of one kernel, its fp32 copies
-    of the chunk. The head's gradient is added up where all gradients are on the CPU; elsewhere it is fp32 of its own and,
-    where products do not add in fp32, a chunk's share stands beside it.
+    One chunk of logits and, where cross-entropy is composed of torch's operations instead of one kernel, its fp32
+    copies of the chunk. On the CPU the head's gradient is added up where all gradients are; elsewhere it is fp32 of
+    its own and, where products do not add in fp32, a chunk's share stands beside it.
     """
     columns = -(-model.vocab_padded // tp)
     most = max(MAX_LOGITS[device] // max(columns, 1), LOGITS_ROWS)
