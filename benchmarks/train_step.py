@@ -1,22 +1,36 @@
-"""The training step against Hugging Face's models, eager and compiled: tokens/s, peak memory, and where the step goes.
+"""The training step against its peers: tokens/s, peak memory, the same losses, and where megapre's step goes.
 
-    python benchmarks/train_step.py [--device cpu|cuda] [--repeats 3] [--only NAME,...] [--no-profile]
+    python benchmarks/train_step.py [--device cpu|cuda] [--repeats 3] [--only NAME,...] [--threads 2] [--no-profile]
 
 Shapes   cpu   GPT-2 124M and a Llama-style model of its size, 4 sequences of 512 tokens
          cuda  GPT-2 124M, 16 sequences of 1024; Llama-style 1.3B, 8 sequences of 2048
-Step     random tokens, forward, loss, backward, clipping by the global norm at 1.0, AdamW
+Step     forward, loss, backward, clipping by the global norm at 1.0, AdamW
+Tokens   log-uniform (frequencies as 1 / rank, Zipf), so that there is something to learn; the same for all
 
-    megapre            bf16 weights, fp32 master weights, moments and gradients: what `megapre train` runs
-    megapre-compile    the same with run.compile=true
-    hf-bf16            bf16 weights and bf16 AdamW states: less precise and less work than megapre's
-    hf-bf16-compile    the same through torch.compile
-    hf-autocast        fp32 weights under bf16 autocast: the precision that megapre's master weights give
+    megapre                  bf16 weights, fp32 master weights, moments and gradients: what `megapre train` runs
+    megapre-compile          the same with run.compile=true
+    hf-bf16                  Hugging Face, bf16 weights and bf16 AdamW states: less precise and less work than megapre's
+    hf-bf16-compile          the same through torch.compile
+    hf-autocast              fp32 weights under bf16 autocast: the precision that megapre's master weights give
+    hf-autocast-compile      the same through torch.compile
+    plain-bf16-compile       a model in the manner of nanoGPT (plain_model.py), compiled, bf16 weights and states
+    plain-autocast-compile   the same with fp32 weights under bf16 autocast, as nanoGPT itself trains
 
-Peers use torch.optim.AdamW(fused=True), torch.nn.utils.clip_grad_norm_ and SDPA, as their users would. Every
+Peers use torch.optim.AdamW(fused=True), torch.nn.utils.clip_grad_norm_, SDPA and torch.compile(dynamic=False) in its
+default mode, as their users would. All run under the same settings of threads and memory, which are megapre's. Every
 measurement is a process of its own, and repeats are interleaved, so that a machine that slows down slows everybody
-down. Rows whose provider is not importable are left out. Memory is the peak of the process less what it held before the
-model was built. "core s" is the processor time of a step, summed over cores: on a CPU it tells who does less work even
-where other processes disturb the clock.
+down. Rows whose provider is not importable are left out. Memory is the peak of the timed steps, without what loading
+and compiling took, less what the process held before the model was built, when all it needs was imported. "core s" is
+the processor time of a step, summed over cores: on a CPU it tells who does less work even where other processes disturb
+the clock.
+
+The same loss curve: all start from the same weights and see the same tokens. megapre's loss may differ from that of a
+peer with fp32 weights by LOSS_BOUND at any step, and from that of a peer with bf16 weights and states, whose own
+rounding is the larger part, by LOSS_BOUND_BF16.
+
+The goal: megapre at 1.6 times the tokens/s of the fastest peer, in 0.75 times that peer's memory; shown against the
+fastest of megapre's own precision too. What bounds it: the time of all products of a step, each measured by itself in
+the same run (step_bound.py).
 
 Prints a table and writes it to benchmarks/results/train_step_<hardware>_<date>.{json,md}.
 """
@@ -33,8 +47,9 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +62,25 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-124m": {"family": "llama", "layers": 12, "hidden": 768, "heads": 12, "ffn": 2048, "vocab": 50257},
     "llama-1.3b": {"family": "llama", "layers": 24, "hidden": 2048, "heads": 16, "ffn": 5504, "vocab": 32000},
 }
-# (shape, sequences, tokens in each), and how many steps are run before and for the timing.
+# (shape, sequences, tokens in each), and how many steps are run before and for the timing. What is compiled compiles in
+# the first; the warm-up is the same for all, so that the losses are those of the same steps.
 SETTINGS = {
-    "cpu": {"cases": [("gpt2-124m", 4, 512), ("llama-124m", 4, 512)], "warmup": 1, "steps": 4},
+    "cpu": {"cases": [("gpt2-124m", 4, 512), ("llama-124m", 4, 512)], "warmup": 2, "steps": 4},
     "cuda": {"cases": [("gpt2-124m", 16, 1024), ("llama-1.3b", 8, 2048)], "warmup": 5, "steps": 20},
 }
-PROVIDERS = ("megapre", "megapre-compile", "hf-bf16", "hf-bf16-compile", "hf-autocast")
-COMPILE_WARMUP = 2  # more steps for what is compiled: the first compiles, the second may specialise
+PROVIDERS = (
+    "megapre",
+    "megapre-compile",
+    "hf-bf16",
+    "hf-bf16-compile",
+    "hf-autocast",
+    "hf-autocast-compile",
+    "plain-bf16-compile",
+    "plain-autocast-compile",
+)
+GOAL_SPEED, GOAL_MEMORY = 1.6, 0.75  # against the fastest peer
+# Nats, over the 6 steps of a measurement. Peers of one precision were seen 0.0003 and 0.002 from each other.
+LOSS_BOUND, LOSS_BOUND_BF16 = 0.003, 0.01
 
 
 def main() -> None:
@@ -62,59 +89,83 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="providers, separated by commas")
     parser.add_argument("--case", default="", help="one shape only")
+    parser.add_argument("--steps", type=int, default=0, help="timed steps of a measurement")
+    parser.add_argument("--threads", type=int, default=0, help="0: as megapre chooses")
     parser.add_argument("--no-profile", action="store_true", help="do not measure where the step goes")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing more is started")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.deadline = time.monotonic() + arguments.budget
+    if arguments.threads:
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for this process, its workers and what they compile
     if arguments.worker:
         print("RESULT " + json.dumps(work(json.loads(arguments.worker))))
         return
     providers = [p for p in PROVIDERS if not arguments.only or p in arguments.only.split(",")]
     cases = [case for case in SETTINGS[arguments.device]["cases"] if arguments.case in ("", case[0])]
-    rows, profiles = measure(providers, cases, arguments)
-    print("\n".join(write(rows, profiles, arguments)))
+    with tempfile.TemporaryDirectory() as folder:
+        rows, products, profiles = measure(providers, cases, arguments, Path(folder))
+    print("\n".join(write(rows, products, profiles, arguments)))
 
 
-def write(rows: list[Row], profiles: list[Row], arguments: argparse.Namespace) -> list[str]:
+def write(rows: list[Row], products: Row, profiles: Row, arguments: argparse.Namespace) -> list[str]:
     """The results as files, and the lines of the table. Called after every measurement: a run cut off keeps its own."""
-    name, lines = table(rows, profiles, arguments)
+    name, lines = table(rows, products, profiles, arguments)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text("\n".join(lines) + "\n")
-    (out / f"{name}.json").write_text(json.dumps({"rows": rows, "profiles": profiles, "about": about()}, indent=1))
+    (out / f"{name}.json").write_text(
+        json.dumps({"rows": rows, "products": products, "profiles": profiles, "about": about()}, indent=1)
+    )
     return [*lines, f"written to {out / name}.{{md,json}}"]
 
 
-def measure(providers: list[str], cases: list[Any], arguments: argparse.Namespace) -> tuple[list[Row], list[Row]]:
-    """A row for each case and provider that runs here, from interleaved repeats; profiles of megapre's step."""
+def measure(
+    providers: list[str], cases: list[Any], arguments: argparse.Namespace, folder: Path
+) -> tuple[list[Row], Row, Row]:
+    """From interleaved repeats: a row for each case and provider that runs here, and by case the products of a step.
+
+    Then, by case, the profile of megapre's step.
+    """
     found: dict[tuple[str, str], list[Row]] = {}
+    bounds: dict[str, list[Row]] = {}
     failed: set[tuple[str, str]] = set()
+    tasks: list[Row] = []
+    for case, sequences, length in cases:
+        shape = {"case": case, "shape": SHAPES[case], "sequences": sequences, "length": length}
+        settings = {**SETTINGS[arguments.device], "device": arguments.device}
+        settings["steps"] = arguments.steps or settings["steps"]
+        tasks.append({**shape, **settings, "cases": [], "weights": str(folder / case), "provider": "megapre"})
+        run_worker({**tasks[-1], "do": "weights"}, arguments.deadline)
+
+    def results() -> tuple[list[Row], Row]:
+        return [combined(repeats) for repeats in found.values()], {
+            case: step_products(repeats) for case, repeats in bounds.items()
+        }
+
     for repeat in range(arguments.repeats):
-        for case, sequences, length in cases:
+        for task in tasks:
             for provider in providers:
-                if (case, provider) in failed:
-                    continue
-                task = {"case": case, "sequences": sequences, "length": length, "provider": provider}
-                row = run_worker({**task, "device": arguments.device, "profile": False}, arguments.deadline)
+                key = (task["case"], provider)
+                row = None
+                if key not in failed:
+                    row = run_worker({**task, "provider": provider, "do": "time"}, arguments.deadline)
                 if row is None:
-                    failed.add((case, provider))
+                    failed.add(key)
                     continue
-                print(
-                    f"[{repeat + 1}/{arguments.repeats}] {case} {provider}: {row['tokens_per_s']:,.0f} tok/s",
-                    flush=True,
-                )
-                found.setdefault((case, provider), []).append(row)
-                write([combined(repeats) for repeats in found.values()], [], arguments)
-    rows = [combined(repeats) for repeats in found.values()]
-    profiles = []
-    for case, sequences, length in [] if arguments.no_profile else cases:
-        task = {"case": case, "sequences": sequences, "length": length, "provider": "megapre"}
-        row = run_worker({**task, "device": arguments.device, "profile": True}, arguments.deadline)
+                rate = f"{row['tokens_per_s']:,.0f} tok/s, loss {row['losses'][0]:.3f} to {row['losses'][-1]:.3f}"
+                print(f"[{repeat + 1}/{arguments.repeats}] {task['case']} {provider}: {rate}", flush=True)
+                found.setdefault(key, []).append(row)
+                write(*results(), {}, arguments)
+            if (row := run_worker({**task, "do": "products"}, arguments.deadline)) is not None:
+                bounds.setdefault(task["case"], []).append(row)
+    profiles = {}
+    for task in [] if arguments.no_profile else tasks:
+        row = run_worker({**task, "do": "profile"}, arguments.deadline)
         if row is not None:
-            profiles.append({"case": case, "ms": row["profile"]})
-    return rows, profiles
+            profiles[task["case"]] = row["profile"]
+    return *results(), profiles
 
 
 def run_worker(task: Row, deadline: float) -> Row | None:
@@ -142,56 +193,80 @@ def run_worker(task: Row, deadline: float) -> Row | None:
 
 
 def combined(repeats: list[Row]) -> Row:
-    """The row of a case and provider: percentiles over the steps of all repeats."""
+    """The row of a case and provider, over the steps of all repeats."""
     times = sorted(t for row in repeats for t in row["times"])
     cuts = statistics.quantiles(times, n=10, method="inclusive")
-    tokens = repeats[0]["tokens"]
+    kept = ("case", "provider", "tokens", "parameters", "flops_per_token", "peak_flops", "losses")
     return {
-        **{key: repeats[0][key] for key in ("case", "provider", "parameters", "flops_per_token", "peak_flops")},
-        "p20_ms": cuts[1] * 1e3,
+        **{key: repeats[0][key] for key in kept},
+        "min_ms": times[0] * 1e3,
         "p50_ms": cuts[4] * 1e3,
         "p80_ms": cuts[7] * 1e3,
-        "tokens_per_s": tokens / cuts[4],
-        "core_s": statistics.median(row["core_s"] for row in repeats),
+        "tokens_per_s": repeats[0]["tokens"] / cuts[4],
+        "core_s": min(row["core_s"] for row in repeats),
         "memory_bytes": statistics.median(row["memory_bytes"] for row in repeats),
         "repeats": len(repeats),
     }
+
+
+def step_products(repeats: list[Row]) -> Row:
+    """What all repeats tell of the products of a step: the least time of each.
+
+    {"torch": seconds of a step's products, "megapre": the same, "rate": the largest in FLOP/s, "rates": of each}.
+    """
+    least = {name: [min(row["times"][name][by] for row in repeats) for by in (0, 1)] for name in repeats[0]["times"]}
+    of = repeats[0]["products"]
+    rates = {name: [of[name]["flops"] / seconds for seconds in both] for name, both in least.items()}
+    rate = max(max(both) for both in rates.values())
+    scores = repeats[0]["scores_flops"] / rate
+    torch_s, ours = (scores + sum(of[name]["count"] * both[by] for name, both in least.items()) for by in (0, 1))
+    return {"torch": torch_s, "megapre": ours, "rate": rate, "rates": rates}
 
 
 # What follows runs in a worker.
 
 
 def work(task: Row) -> Row:
-    """Builds the provider's step and times it. Imports torch and the provider here, in the worker alone."""
+    """Writes the initial weights, times the provider's step, or profiles megapre's. torch is imported here alone."""
+    from megapre.train import cpu_runtime
+
+    cpu_runtime.before_torch(os.environ)
+    import step_bound
+    import step_parts
+    import step_providers
     import torch
 
     from megapre.train import machine
 
-    device = torch.device(task["device"])
     torch.manual_seed(0)
-    settings = SETTINGS[task["device"]]
-    provider = task["provider"]
-    step, parameters, profile = (megapre_step if provider.startswith("megapre") else hugging_face_step)(task, device)
+    device = torch.device(task["device"])
+    if task["do"] == "weights":
+        step_providers.save_weights(task, Path(task["weights"]))
+        return {}
+    if task["do"] == "products":
+        return step_bound.measure(task)
     generator = torch.Generator().manual_seed(1)
-    shape = (task["sequences"], task["length"] + 1)
-    vocab = SHAPES[task["case"]]["vocab"]
 
     def tokens() -> torch.Tensor:
-        return torch.randint(vocab, shape, generator=generator)
+        uniform = torch.rand(task["sequences"], task["length"] + 1, generator=generator, dtype=torch.float64)
+        return (task["shape"]["vocab"] ** uniform).long() - 1
 
-    warmup = settings["warmup"] + (COMPILE_WARMUP if "compile" in provider else 0)
-    for _ in range(warmup):
-        step(tokens())
-    if task["profile"]:
-        return {"profile": profile(tokens)}
+    if task["do"] == "profile":
+        step = step_providers.of_megapre(task, step_providers.named)
+        for _ in range(task["warmup"]):
+            step.call(tokens())
+        return {"profile": step_parts.where_it_goes(step.call, [tokens() for _ in range(3)], device)}
+    step = step_providers.build(task)
+    losses = [step.call(tokens()) for _ in range(task["warmup"])]
     marks = []
+    step_providers.reset_peak(device)
     cores = time.process_time()
-    for _ in range(settings["steps"]):
+    for _ in range(task["steps"]):
         line = tokens()
         begin = machine.now(device)
-        step(line)
+        losses.append(step.call(line))
         marks.append((begin, machine.now(device)))
-    cores = (time.process_time() - cores) / settings["steps"]
+    cores = (time.process_time() - cores) / task["steps"]
     times = [machine.seconds(*mark) for mark in marks]
     count = task["sequences"] * task["length"]
     return {
@@ -201,173 +276,10 @@ def work(task: Row) -> Row:
         "tokens": count,
         "tokens_per_s": count / statistics.median(times),
         "memory_bytes": machine.peak_memory(device) - step.before,
-        "parameters": parameters,
-        **flops(task, device),
+        "parameters": step.parameters,
+        "losses": [float(loss) for loss in losses],
+        **step_bound.flops(task),
     }
-
-
-def config(task: Row) -> Any:
-    from megapre.config import Config
-
-    return Config.model_validate(
-        {
-            "name": task["case"],
-            "model": {**SHAPES[task["case"]], "context": task["length"], "tied": True},
-            "batch": {"micro": task["sequences"], "global": task["sequences"], "seq_length": task["length"]},
-            "optim": {"lr": 3e-4, "clip": 1.0},
-            "run": {
-                "steps": 1000,
-                "dtype": "bf16",
-                "device": task["device"],
-                "compile": task["provider"] == "megapre-compile",
-            },
-        }
-    )
-
-
-def flops(task: Row, device: Any) -> Row:
-    from megapre import plan
-    from megapre.train import machine
-
-    known = plan.find(machine.describe(device))
-    per_token = plan.per_token(config(task).model, task["length"])
-    return {"flops_per_token": per_token, "peak_flops": known.peak("bf16") if known else None}
-
-
-class Step:
-    """A training step as a call on [B, S + 1] tokens; `before` is the peak memory before its model was built."""
-
-    def __init__(self, before: int, call: Callable[[Any], None]) -> None:
-        self.before, self.call = before, call
-
-    def __call__(self, line: Any) -> None:
-        self.call(line)
-
-
-def megapre_step(task: Row, device: Any) -> tuple[Step, int, Callable[..., Row]]:
-    from megapre import plan
-    from megapre.data import GlobalBatch, MicroBatch
-    from megapre.train import machine
-    from megapre.train.step import Engine
-
-    cfg = config(task)
-    device = machine.prepare(cfg.run)
-    before = machine.peak_memory(device)
-    engine = Engine(cfg, device)
-
-    def step(line: Any) -> None:
-        part = MicroBatch(line[:, :-1].contiguous(), line[:, 1:].contiguous(), None, None)
-        engine.step(GlobalBatch((part,), part.labels.numel(), cfg.batch.global_), cfg.optim.lr)
-
-    parameters = sum(plan.count(cfg.model))
-    return Step(before, step), parameters, lambda tokens: where_it_goes(engine, step, tokens)
-
-
-def hugging_face_step(task: Row, device: Any) -> tuple[Step, int, Callable[..., Row]]:
-    import torch
-    import transformers
-
-    from megapre.train import machine
-
-    shape = SHAPES[task["case"]]
-    if shape["family"] == "gpt2":
-        settings = transformers.GPT2Config(
-            vocab_size=shape["vocab"],
-            n_positions=task["length"],
-            n_embd=shape["hidden"],
-            n_layer=shape["layers"],
-            n_head=shape["heads"],
-            **{f"{part}_pdrop": 0.0 for part in ("resid", "embd", "attn")},
-            use_cache=False,
-        )
-    else:
-        settings = transformers.LlamaConfig(
-            vocab_size=shape["vocab"],
-            hidden_size=shape["hidden"],
-            intermediate_size=shape["ffn"],
-            num_hidden_layers=shape["layers"],
-            num_attention_heads=shape["heads"],
-            max_position_embeddings=task["length"],
-            tie_word_embeddings=True,
-            use_cache=False,
-        )
-    device = machine.prepare(config(task).run)  # the allocator's settings too: all providers run under the same
-    before = machine.peak_memory(device)
-    autocast = task["provider"] == "hf-autocast"
-    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
-    model = model.to(device, torch.float32 if autocast else torch.bfloat16).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    forward = torch.compile(model) if "compile" in task["provider"] else model
-
-    def step(line: Any) -> None:
-        line = line.to(device, non_blocking=True)
-        optimizer.zero_grad(set_to_none=True)
-        # The model shifts labels by itself: T - 1 tokens are predicted, T are counted.
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            loss = forward(input_ids=line[:, :-1], labels=line[:, :-1]).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return Step(before, step), sum(p.numel() for p in model.parameters()), lambda tokens: {}
-
-
-# Which part of a step an operation belongs to, by its own name or that of one it was called from; the first hit counts.
-PARTS = (
-    ("optimizer", ("optimizer", "adamw")),
-    ("loss", ("cross_entropy", "crossentropy")),
-    ("attention", ("scaled_dot_product", "scaleddotproduct", "attention")),
-    ("norms", ("layer_norm", "layernorm", "rms_norm", "rmsnorm", "_norm_backward")),
-    ("products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn")),
-)
-
-
-def where_it_goes(engine: Any, step: Callable[[Any], None], tokens: Callable[[], Any]) -> Row:
-    """Milliseconds of one step by part, from torch's profiler: on CUDA the time of kernels, else of operators."""
-    import dataclasses
-
-    import torch
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    update, norm = engine.optimizer.step, engine.ops.grad_norm
-
-    def named(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with record_function("optimizer"):
-                return function(*args, **kwargs)
-
-        return call
-
-    engine.optimizer.step = named(update)
-    engine.ops = dataclasses.replace(engine.ops, grad_norm=named(norm))
-    cuda = engine.device.type == "cuda"
-    lines = [tokens() for _ in range(3)]
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as profiler:
-        begin = time.perf_counter()
-        for line in lines:
-            step(line)
-        if cuda:
-            torch.cuda.synchronize()
-        whole = (time.perf_counter() - begin) / len(lines)
-    spent = dict.fromkeys([name for name, _ in PARTS] + ["rest"], 0.0)
-    for event in profiler.events():
-        micro = event.self_device_time_total if cuda else event.self_cpu_time_total
-        spent[part_of(event)] += micro / 1e3 / len(lines)
-    if not cuda:  # what the profiler does not see (Python, autograd's own work) is rest
-        spent["rest"] += max(whole * 1e3 - sum(spent.values()), 0.0)
-    return spent
-
-
-def part_of(event: Any) -> str:
-    lineage = []
-    while event is not None:
-        lineage.append(event.name.lower())
-        event = event.cpu_parent
-    for part, words in PARTS:
-        if any(word in name for name in lineage for word in words):
-            return part
-    return "rest"
 
 
 # The table.
@@ -397,7 +309,7 @@ def hardware(device: str) -> str:
     return word if device == "cuda" else f"{word}-{len(os.sched_getaffinity(0))}core"
 
 
-def table(rows: list[Row], profiles: list[Row], arguments: argparse.Namespace) -> tuple[str, list[str]]:
+def table(rows: list[Row], products: Row, profiles: Row, arguments: argparse.Namespace) -> tuple[str, list[str]]:
     where = hardware(arguments.device)
     name = f"train_step_{where}_{datetime.date.today().isoformat()}"
     facts = ", ".join(f"{key} {value}" for key, value in about().items())
@@ -405,30 +317,108 @@ def table(rows: list[Row], profiles: list[Row], arguments: argparse.Namespace) -
     cases = {case: f"{n} x {length} tokens" for case, n, length in SETTINGS[arguments.device]["cases"]}
     for case in dict.fromkeys(row["case"] for row in rows):
         these = [row for row in rows if row["case"] == case]
-        base = next((row["tokens_per_s"] for row in these if row["provider"] == "hf-bf16"), None)
         lines += [f"## {case}, {cases[case]}, {these[0]['parameters'] / 1e6:.0f}M parameters", ""]
-        lines += [
-            "| provider | p50 ms | p20 | p80 | core s | tok/s | mfu | x hf-bf16 | memory GiB |",
-            "|---|" + "---:|" * 8,
-        ]
-        for row in these:
-            peak = row["peak_flops"]
-            mfu = f"{row['tokens_per_s'] * row['flops_per_token'] / peak:.1%}" if peak else "n/a"
-            times = f"{row['p50_ms']:.1f} | {row['p20_ms']:.1f} | {row['p80_ms']:.1f} | {row['core_s']:.2f}"
-            ratio = f"{row['tokens_per_s'] / base:.2f}" if base else "n/a"
-            memory = f"{row['memory_bytes'] / 2**30:.2f}"
-            lines.append(f"| {row['provider']} | {times} | {row['tokens_per_s']:,.0f} | {mfu} | {ratio} | {memory} |")
-        lines.append("")
-    if profiles:
-        parts = list(profiles[0]["ms"])
-        lines += ["## Where megapre's step goes (ms, and share)", "", "| case | " + " | ".join(parts) + " |"]
-        lines.append("|---|" + "---:|" * len(parts))
-        for entry in profiles:
-            whole = sum(entry["ms"].values())
-            cells = [f"{ms:.1f} ({ms / whole:.0%})" for ms in entry["ms"].values()]
-            lines.append(f"| {entry['case']} | " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += [*providers_table(these), ""]
+        for sentence in (*goal(these, products.get(case)), *same_losses(these)):
+            lines += [sentence, ""]
+        if case in products:
+            lines += [*products_table(products[case]), ""]
+        if case in profiles:
+            lines += [*parts_table(profiles[case]), ""]
     return name, lines
+
+
+def fastest_peer(rows: list[Row], kind: str = "") -> Row | None:
+    """The fastest of the peers whose name holds `kind`."""
+    peers = [row for row in rows if not is_ours(row) and kind in row["provider"]]
+    return min(peers, key=lambda row: row["p50_ms"], default=None)
+
+
+def is_ours(row: Row) -> bool:
+    return row["provider"].startswith("megapre")
+
+
+def providers_table(rows: list[Row]) -> list[str]:
+    """Speed, memory and losses; ratios to the fastest peer; the largest distance of any step's loss from megapre's."""
+    base, ours = fastest_peer(rows), next((row for row in rows if row["provider"] == "megapre"), None)
+    lines = [
+        "| provider | min ms | p50 | p80 | core s | tok/s | mfu | x fastest peer | by min | memory GiB | x its memory "
+        "| first loss | last loss | furthest from megapre's |",
+        "|---|" + "---:|" * 13,
+    ]
+    for row in rows:
+        peak = row["peak_flops"]
+        mfu = f"{row['tokens_per_s'] * row['flops_per_token'] / peak:.1%}" if peak else "n/a"
+        times = f"{row['min_ms']:.1f} | {row['p50_ms']:.1f} | {row['p80_ms']:.1f} | {row['core_s']:.2f}"
+        speed, share = "n/a | n/a", "n/a"
+        if base:
+            speed = f"{base['p50_ms'] / row['p50_ms']:.2f} | {base['min_ms'] / row['min_ms']:.2f}"
+            share = f"{row['memory_bytes'] / base['memory_bytes']:.2f}"
+        memory = f"{row['memory_bytes'] / 2**30:.2f}"
+        losses = f"{row['losses'][0]:.4f} | {row['losses'][-1]:.4f}"
+        apart = f"{furthest(row, ours):.4f}" if ours else "n/a"
+        lines.append(
+            f"| {row['provider']} | {times} | {row['tokens_per_s']:,.0f} | {mfu} | {speed} | {memory} | {share} "
+            f"| {losses} | {apart} |"
+        )
+    return lines
+
+
+def furthest(a: Row, b: Row) -> float:
+    """The largest distance of the losses of one step."""
+    return max(abs(here - there) for here, there in zip(a["losses"], b["losses"], strict=True))
+
+
+def goal(rows: list[Row], products: Row | None) -> Iterator[str]:
+    """Whether megapre is where it should be, and how far it could go."""
+    tokens = rows[0]["tokens"]
+    if products:
+        yield (
+            f"The products of a step alone take {products['torch']:.3f} s by torch.mm and {products['megapre']:.3f} s "
+            f"by megapre's own: they would allow {tokens / products['torch']:,.0f} and "
+            f"{tokens / products['megapre']:,.0f} tok/s."
+        )
+    for row in filter(is_ours, rows):
+        if products:
+            share = products["megapre"] * 1e3 / row["p50_ms"]
+            yield f"{row['provider']}: its products by themselves take {share:.0%} of the time of its step."
+        for kind, bases in (("the fastest peer", ""), ("the fastest peer with fp32 weights", "autocast")):
+            if base := fastest_peer(rows, bases):
+                speed, memory = base["p50_ms"] / row["p50_ms"], row["memory_bytes"] / base["memory_bytes"]
+                yield (
+                    f"{row['provider']}: {speed:.2f} times the tok/s of {base['provider']}, {kind} "
+                    f"(goal {GOAL_SPEED}: {met(speed >= GOAL_SPEED)}), {memory:.2f} times its memory "
+                    f"(goal {GOAL_MEMORY}: {met(memory <= GOAL_MEMORY)})."
+                )
+
+
+def same_losses(rows: list[Row]) -> Iterator[str]:
+    """Whether megapre's losses are those of its peers."""
+    for ours in filter(is_ours, rows):
+        for kind, bound in (("autocast", LOSS_BOUND), ("bf16", LOSS_BOUND_BF16)):
+            peers = [row for row in rows if not is_ours(row) and kind in row["provider"]]
+            if peers:
+                apart = max(furthest(ours, row) for row in peers)
+                yield (
+                    f"{ours['provider']}: the losses of {len(ours['losses'])} steps are within {apart:.4f} of those of "
+                    f"{', '.join(row['provider'] for row in peers)} (bound {bound}: {met(apart <= bound)})."
+                )
+
+
+def met(yes: bool) -> str:
+    return "met" if yes else "not met"
+
+
+def products_table(products: Row) -> list[str]:
+    lines = ["| product, GFLOP/s | torch.mm | megapre |", "|---|---:|---:|"]
+    return lines + [f"| {name} | {by[0] / 1e9:,.0f} | {by[1] / 1e9:,.0f} |" for name, by in products["rates"].items()]
+
+
+def parts_table(profile: dict[str, float]) -> list[str]:
+    whole = sum(profile.values())
+    lines = ["| where megapre's step goes, under the profiler | ms | share |", "|---|---:|---:|"]
+    lines += [f"| {part} | {ms:.1f} | {ms / whole:.1%} |" for part, ms in profile.items()]
+    return [*lines, f"| all | {whole:.1f} | |"]
 
 
 if __name__ == "__main__":
