@@ -41,7 +41,7 @@ corpus: setup
 
 # The tests that take minutes are marked slow and run in .ci/run.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
 
 lint: setup
 	$(BIN)/ruff check .
