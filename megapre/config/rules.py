@@ -201,6 +201,25 @@ def _rate(optim: "Optim") -> Problems:
         yield f"optim: min_lr = {optim.min_lr:g} is above lr = {optim.lr:g}; nearest: min_lr {optim.lr:g}, or 0"
 
 
+def _precision(optim: "Optim", run: "Run") -> Problems:
+    if optim.loss_scale and run.dtype != "fp16":
+        yield (
+            f"optim: loss_scale = {optim.loss_scale:g} is for run.dtype = 'fp16', but that is {run.dtype!r}, whose "
+            f"range needs none; nearest: loss_scale 0, run.dtype fp16"
+        )
+    if optim.master == "none" and run.dtype != "bf16":
+        kept = "fp32 weights are their own master" if run.dtype == "fp32" else "fp16 weights need one"
+        yield (
+            f"optim: master = 'none' is for run.dtype = 'bf16', but that is {run.dtype!r}, and {kept}; nearest: master "
+            f"fp32, run.dtype bf16"
+        )
+    if optim.moments == "bf16" and optim.master != "none":
+        yield (
+            f"optim: moments = 'bf16' is for bf16 weights without a master, but master = {optim.master!r}; nearest: "
+            f"moments fp32, master none"
+        )
+
+
 def _lengths(optim: "Optim", run: "Run") -> Problems:
     warmup, decay, steps = optim.warmup_steps, optim.decay_steps, run.steps
     if optim.schedule == "wsd" and decay == 0:
@@ -291,6 +310,7 @@ RULES: tuple[Callable[..., Problems], ...] = (
     _context,
     _batch,
     _rate,
+    _precision,
     _lengths,
     _split,
     _blends,

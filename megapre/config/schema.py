@@ -179,6 +179,14 @@ class Optim(Section):
     eps: Real = knob(1e-8, description="added to the root of the second moment", gt=0)
     weight_decay: Real = knob(0.1, description="decoupled, on matrices only", ge=0)
     clip: Real = knob(1.0, description="largest global gradient norm; 0 = off", ge=0)
+    master: Literal["fp32", "none"] = knob(
+        "fp32", description="master weights beside bf16 ones; none = the bf16 weights alone, rounded at random"
+    )
+    moments: Literal["fp32", "bf16"] = knob(
+        "fp32", description="both moments; bf16 (rounded at random) needs master none"
+    )
+    loss_scale: Real = knob(0.0, description="fp16: factor of the loss in the backward; 0 = dynamic, from 65536", ge=0)
+    loss_scale_window: Size = knob(2000, "steps", "fp16: good steps in a row after which a dynamic scale doubles")
 
 
 class Source(Section):
@@ -239,7 +247,9 @@ class Run(Section):
     dir: str = knob("runs", "path", "run folders lie in here, as DIR/NAME", min_length=1)
     seed: Seed = knob(1234, description="of initialisation and, unless data.seed is set, of the data order")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", description="auto = cuda where there is one")
-    dtype: Literal["bf16", "fp32"] = knob("bf16", description="of weights and activations; master weights are fp32")
+    dtype: Literal["bf16", "fp16", "fp32"] = knob(
+        "bf16", description="of weights and activations; fp16 scales the loss (optim.loss_scale)"
+    )
     eval_every: Count = knob(0, "steps", "between validations; 0 = never")
     eval_batches: Size = knob(8, "batches", "global batches of one validation")
     log_every: Size = knob(1, "steps", "between printed step lines; metrics.jsonl has every step")

@@ -138,6 +138,13 @@ def native() -> Iterator[Fact]:
     loaded, why_not = library.status()
     yield "native ops", f"used: {library.LIBRARY}" if loaded else f"not used, plain torch instead: {why_not}"
     if loaded:
+        torch = importlib.import_module("torch")
+        for dtype in ("bfloat16", "float16"):
+            own = torch.ops.megapre.has_products_of(getattr(torch, dtype))
+            yield (
+                f"{dtype} products",
+                "by this CPU's own instructions" if own else "through fp32 vectors: slower than fp32",
+            )
         yield "their code path", f"{library.cpu_level()} (MEGAPRE_CPU_LEVEL forces one)"
 
 

@@ -7,6 +7,8 @@ on the device, so that a step is the same sequence of kernels each time and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Flat(Protocol):
-    """Flat buffers of equal length that share a weight decay setting; `master` is `param` itself in fp32 runs."""
+    """Flat buffers of equal length that share a weight decay setting; `master` is `param` where that has none."""
 
     decays: bool
     param: Tensor
@@ -30,14 +32,26 @@ class AdamW:
 
     `updates` (0-dim fp32, on the device) counts updates made. A skipped step does not count, so bias correction stays
     exact. fp32 holds integers to 16.7 million, beyond any run, and 1 - beta**t is 1 long before.
+
+    16-bit parameters that are their own master go to `stochastic_`, the op adamw_stochastic_, with `seed`. The groups
+    number their elements through, so that no two share random bits.
     """
 
-    def __init__(self, groups: Sequence[Flat], optim: Optim, adamw_: Callable[..., object]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Flat],
+        optim: Optim,
+        adamw_: Callable[..., object],
+        stochastic_: Callable[..., object] | None = None,
+        seed: int = 0,
+    ) -> None:
         self.groups = tuple(groups)
         self.optim = optim
-        self.adamw_ = adamw_
-        self.exp_avg = [torch.zeros_like(group.master) for group in self.groups]
-        self.exp_avg_sq = [torch.zeros_like(group.master) for group in self.groups]
+        self.adamw_, self.stochastic_, self.seed = adamw_, stochastic_, seed
+        moments = torch.bfloat16 if optim.moments == "bf16" else torch.float32
+        self.exp_avg = [torch.zeros_like(group.master, dtype=moments) for group in self.groups]
+        self.exp_avg_sq = [torch.zeros_like(group.master, dtype=moments) for group in self.groups]
+        self.offsets = [0, *accumulate(group.param.numel() for group in self.groups)]
         device = self.groups[0].param.device
         self.lr = torch.zeros((), device=device)
         self.updates = torch.zeros((), device=device)
@@ -46,10 +60,14 @@ class AdamW:
         """One update with the gradients in the flat buffers, times `grad_scale`; none at all where `found_inf` is 1."""
         self.lr.fill_(lr)
         self.updates.add_(1.0 - found_inf)
-        for group, exp_avg, exp_avg_sq in zip(self.groups, self.exp_avg, self.exp_avg_sq, strict=True):
-            self.adamw_(
-                group.param,
-                group.master,
+        for group, exp_avg, exp_avg_sq, offset in zip(
+            self.groups, self.exp_avg, self.exp_avg_sq, self.offsets, strict=False
+        ):
+            update = partial(self.adamw_, group.param, group.master)
+            if group.master.dtype == torch.bfloat16:
+                assert self.stochastic_ is not None, "bf16 weights without a master need the op that rounds at random"
+                update = partial(self.stochastic_, group.param, seed=self.seed, offset=offset)
+            update(
                 exp_avg,
                 exp_avg_sq,
                 group.grad,

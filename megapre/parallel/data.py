@@ -7,6 +7,8 @@ the backward, so that a bucket, a consecutive cut of the buffer, is complete as 
 
     dtype of the model   param buffer   master                     grad
     bf16                 bf16           fp32, own                  fp32: micro-batches are added up in fp32
+    bf16, no master      bf16           the param buffer itself    fp32
+    fp16                 fp16           fp32, own                  fp32
     fp32                 fp32           the param buffer itself    fp32
 
 A gradient arrives on one of two ways. An op that can adds it up in the buffer itself: the parameter's `gradient_sink`
@@ -59,7 +61,9 @@ class Bucket:
 class FlatGroup:
     """The parameters that share a weight decay setting, and their buffers (1-D, equal length)."""
 
-    def __init__(self, decays: bool, parameters: list[tuple[str, nn.Parameter]], bucket_elements: int) -> None:
+    def __init__(
+        self, decays: bool, parameters: list[tuple[str, nn.Parameter]], bucket_elements: int, keep_master: bool
+    ) -> None:
         self.decays = decays
         self.slots: dict[str, Slot] = {}
         end = 0
@@ -76,8 +80,8 @@ class FlatGroup:
             view = self.slots[name].view(self.param)
             view.copy_(parameter.detach())
             parameter.data = view
-        fp32 = self.param.dtype == torch.float32
-        self.master = self.param if fp32 else self.param.to(torch.float32)
+        alone = self.param.dtype == torch.float32 or not keep_master
+        self.master = self.param if alone else self.param.to(torch.float32)
         self.grad = torch.zeros(end, dtype=torch.float32, device=self.param.device)
         self.buckets = tuple(self._cut(bucket_elements))
 
@@ -118,11 +122,12 @@ class FlatParameters:
         parameters: Iterable[tuple[str, nn.Parameter]],
         decays: Callable[[str, Tensor], bool],
         bucket_elements: int = BUCKET_ELEMENTS,
+        keep_master: bool = True,
     ) -> None:
         reverse = list(parameters)[::-1]
         sides = ([p for p in reverse if decays(*p)], [p for p in reverse if not decays(*p)])
         self.groups = tuple(
-            FlatGroup(side_decays, side, bucket_elements)
+            FlatGroup(side_decays, side, bucket_elements, keep_master)
             for side_decays, side in zip((True, False), sides, strict=True)
             if side
         )

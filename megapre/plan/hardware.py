@@ -22,8 +22,8 @@ class Device:
     source: str
 
     def peak(self, dtype: str) -> float | None:
-        """FLOP/s in "bf16", "fp32" or "fp8"."""
-        return {"bf16": self.bf16, "fp32": self.fp32, "fp8": self.fp8}[dtype]
+        """FLOP/s in "bf16", "fp16" (which every GPU here multiplies at the rate of bf16), "fp32" or "fp8"."""
+        return {"bf16": self.bf16, "fp16": self.bf16, "fp32": self.fp32, "fp8": self.fp8}[dtype]
 
 
 A100 = "NVIDIA A100 datasheet (2021): 312 bf16, 19.5 fp32"

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 from ..config import Config, Model
 from . import params
 
-ELEMENT = {"bf16": 2, "fp32": 4}
+ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 MAX_LOGITS = {"cpu": 2**25, "cuda": 2**29}
 """Elements of the largest chunk of logits that linear_cross_entropy makes, by device."""
 LOGITS_ROWS = 256
@@ -55,7 +55,7 @@ def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu", fuse
     """Memory of one rank of pipeline stage `stage`.
 
     States: 16-bit weights 2, fp32 gradients 4, fp32 master 4 and moments 8 bytes a parameter, the last two cut over
-    `dp`; fp32 weights are their own master.
+    `dp`; fp32 weights, and with optim.master = "none" bf16 ones, are their own master. bf16 moments take 4.
     """
     model, layout = cfg.model, cfg.layout
     first, last = stage == 0, stage == layout.pp - 1
@@ -72,8 +72,8 @@ def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu", fuse
     return Memory(
         weights=held * element,
         gradients=held * 4,
-        master=0 if element == 4 else -(-held * 4 // dp),
-        moments=-(-held * 8 // dp),
+        master=0 if element == 4 or cfg.optim.master == "none" else -(-held * 4 // dp),
+        moments=-(-held * 2 * ELEMENT[cfg.optim.moments] // dp),
         activations=in_flight * (model.layers // (layout.pp * layout.vpp)) * one + ends,
         logits=logits_bytes(model, tokens, element, layout.tp, device, fused_loss) if last else 0,
     )

@@ -19,7 +19,7 @@ from . import cpu_runtime
 if TYPE_CHECKING:
     from megapre.config import Run
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class DeviceError(UserError):

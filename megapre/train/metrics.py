@@ -5,7 +5,7 @@ metrics.jsonl gets one object for every one of them:
 
     step, consumed_samples, consumed_tokens, loss (nats a token), grad_norm (before clipping), lr, step_time_s,
     tokens_per_s, mfu (fraction, or null where the device's peak is unknown), memory_bytes (peak), skipped_steps (so
-    far)
+    far), and in fp16 loss_scale (that the step ran with)
 
 loss and grad_norm are null where they were not finite: JSON has no NaN. A validation writes an object of its own: step,
 consumed_samples, consumed_tokens, valid_loss, valid_tokens.
@@ -57,10 +57,13 @@ class Record(NamedTuple):
     memory_bytes: int
     skipped_steps: int
     skipped: bool
+    loss_scale: float | None
 
     def as_json(self) -> dict[str, Any]:
         values = self._asdict()
         del values["skipped"]
+        if self.loss_scale is None:
+            del values["loss_scale"]
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
@@ -89,10 +92,11 @@ class Meter:
         """Records of all waiting steps; `consumed_samples` is the count after the last one. Waits for the device."""
         if not self.waiting:
             return []
-        values = torch.stack([torch.stack(timed.result) for timed in self.waiting]).tolist()
+        known = [[value for value in timed.result if value is not None] for timed in self.waiting]
+        values = torch.stack([torch.stack(tensors) for tensors in known]).tolist()
         memory = machine.peak_memory(self.device)
         records = []
-        for back, (timed, (loss, norm, skipped)) in enumerate(zip(self.waiting, values, strict=True)):
+        for back, (timed, (loss, norm, skipped, *scale)) in enumerate(zip(self.waiting, values, strict=True)):
             samples = consumed_samples - (len(values) - 1 - back) * self.sequences
             duration = machine.seconds(timed.begin, timed.end)
             tokens_per_s = self.sequences * self.seq_length / duration
@@ -111,6 +115,7 @@ class Meter:
                     memory_bytes=memory,
                     skipped_steps=self.skipped_steps,
                     skipped=bool(skipped),
+                    loss_scale=scale[0] if scale else None,
                 )
             )
         self.waiting = []
@@ -139,6 +144,7 @@ class StepLine:
                 f"step {record.step:>{width}}/{self.steps}",
                 f"loss {record.loss:.4f}{z}",
                 f"gnorm {record.grad_norm:.2f}",
+                *([] if record.loss_scale is None else [f"scale {record.loss_scale:.10g}"]),
                 f"lr {_rate(record.lr)}",
                 f"{_milliseconds(record.step_time_s)}",
                 f"{_short(record.tokens_per_s)} {self.per_device}",

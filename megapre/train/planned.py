@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from megapre import kernels, plan
 from megapre.errors import UserError
 from megapre.mesh import Mesh
+from megapre.optim.scaling import INITIAL
 
 from . import machine
 from .metrics import bytes_text
@@ -43,4 +44,17 @@ def box(found: plan.Plan, used: dict[str, str], run_folder: str) -> str:
     for op, name in used.items():
         by_name.setdefault(name, []).append(op)
     lines = "\n".join(f"{name}: {', '.join(ops)}" for name, ops in sorted(by_name.items()))
-    return plan.render(found, {"kernels": lines, "run folder": run_folder})
+    return plan.render(found, {"precision": precision(found.cfg), "kernels": lines, "run folder": run_folder})
+
+
+def precision(cfg: Config) -> str:
+    """What a run keeps its weights and moments in, and how it scales its loss."""
+    optim, dtype = cfg.optim, cfg.run.dtype
+    if dtype == "fp16":
+        scale = f"loss times {optim.loss_scale or INITIAL:.10g}"
+        if not optim.loss_scale:
+            scale += f", halved at overflow, doubled after {optim.loss_scale_window:,} good steps"
+        return f"fp16 weights, fp32 master and moments; {scale}"
+    if optim.master == "none":
+        return f"{dtype} weights without master, rounded at random; {optim.moments} moments"
+    return "fp32" if dtype == "fp32" else f"{dtype} weights, fp32 master and moments"

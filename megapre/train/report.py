@@ -6,6 +6,8 @@ import math
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from megapre.optim.scaling import SMALLEST
+
 from .folder import read_metrics
 from .metrics import Journal, Meter, Record, StepLine, Timed
 
@@ -101,11 +103,23 @@ class Report:
             }
         )
 
+    def _scale_can_fall(self, record: Record) -> bool:
+        """Whether a skipped step is loss scaling at its work: a whole loss, and a scale that has room below."""
+        dynamic = record.loss_scale is not None and self.cfg.optim.loss_scale == 0
+        return dynamic and math.isfinite(record.loss) and (record.loss_scale or 0.0) > SMALLEST
+
     def _watch(self, records: list[Record]) -> None:
-        lost = 0
+        lost = None
         for record in records:
             if not record.skipped:
                 self.updated, self.skips_in_row = record.step, 0
+                continue
+            if self._scale_can_fall(record):  # which ends: every skipped step halves it
+                self.skips_in_row = 0
+                self.screen.say(
+                    f"step {record.step}: the gradients left fp16 with the loss scaled by {record.loss_scale:.10g}: "
+                    f"update skipped, {record.skipped_steps} so far, scale halved"
+                )
                 continue
             self.skips_in_row += 1
             self.screen.say(
@@ -113,10 +127,18 @@ class Report:
                 f"{record.skipped_steps} so far; {self.skips_in_row} in a row, the run stops at {SKIPS_IN_ROW}"
             )
             if self.skips_in_row == SKIPS_IN_ROW:
-                lost = record.step
-        if lost:
-            raise Diverged(
-                f"loss or gradient norm was not finite in {SKIPS_IN_ROW} steps in a row, {lost - SKIPS_IN_ROW + 1} to "
-                f"{lost}. Their updates were skipped: the weights are as step {self.updated} left them. Usual ways "
-                f"out: a lower optim.lr, a longer optim.warmup_steps, optim.clip > 0, other data"
-            )
+                lost = record
+        if lost is not None:
+            raise Diverged(self._how_it_diverged(lost))
+
+    def _how_it_diverged(self, last: Record) -> str:
+        steps = f"{last.step - SKIPS_IN_ROW + 1} to {last.step}"
+        ways = "a lower optim.lr, a longer optim.warmup_steps, optim.clip > 0, other data"
+        if last.loss_scale is not None:
+            steps += f", the last with its loss scaled by {last.loss_scale:.10g}"
+            fixed = self.cfg.optim.loss_scale > 0
+            ways += ", optim.loss_scale 0 (dynamic)" if fixed else ", a new run with run.dtype bf16"
+        return (
+            f"loss or gradient norm was not finite in {SKIPS_IN_ROW} steps in a row, {steps}. Their updates were "
+            f"skipped: the weights are as step {self.updated} left them. Usual ways out: {ways}"
+        )

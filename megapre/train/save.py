@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .step import Engine
 
 
-FIXED = ("run.dtype", "batch.global", "batch.seq_length")  # beside the model; what else changes is reported
+# Beside the model. What else changes is reported.
+FIXED = ("run.dtype", "optim.master", "optim.moments", "batch.global", "batch.seq_length")
 
 
 class ResumeError(UserError):
@@ -49,7 +50,7 @@ class Saver:
         """Commits a checkpoint and removes the oldest beyond `checkpoint.keep`. A failure is reported, not raised."""
         begin = time.perf_counter()
         engine, cfg = self.engine, self.engine.cfg
-        tensors = training_tensors(engine.model, engine.flat, engine.optimizer)
+        tensors = training_tensors(engine.model, engine.flat, engine.optimizer, engine.loss_scale)
         try:
             facts = asdict(progress) | {"data": self.order}
             path = checkpoint.save(self.folder.checkpoints, progress.step, tensors, facts)
@@ -87,7 +88,7 @@ class Saver:
                 compare_order(facts["data"], engine.cfg)
         except DataError as error:
             raise ResumeError(f"the run {self.folder.path} cannot go on: {error}") from error
-        checkpoint.load(manifest, training_tensors(engine.model, engine.flat, engine.optimizer))
+        checkpoint.load(manifest, training_tensors(engine.model, engine.flat, engine.optimizer, engine.loss_scale))
         progress = Progress(facts["step"], facts["consumed_samples"], facts["skipped_steps"])
         self.folder.cut_metrics(progress.step)
         self.saved_step = progress.step
@@ -106,8 +107,8 @@ class Saver:
         fixed = [text for key, text in changes.items() if key.startswith("model.") or key in FIXED]
         if fixed:
             raise ResumeError(
-                f"the run {self.folder.path} cannot go on with {'; '.join(fixed)}: model, dtype and batch size stay; "
-                f"resume it with {self.folder.path / 'config.toml'}, or begin a new run under another name"
+                f"the run {self.folder.path} cannot go on with {'; '.join(fixed)}: model, precision and batch size "
+                f"stay; resume it with {self.folder.path / 'config.toml'}, or begin a new run under another name"
             )
         if changes:
             self.screen.say(f"resuming with changes: {'; '.join(changes.values())}")

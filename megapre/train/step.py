@@ -20,6 +20,7 @@ from megapre.model.init import initialize
 from megapre.model.transformer import Transformer
 from megapre.optim.adamw import AdamW
 from megapre.optim.clipping import clip_factor, not_finite
+from megapre.optim.scaling import LossScale
 from megapre.parallel.data import FlatParameters
 from megapre.parallel.pipeline import Executor
 
@@ -33,24 +34,32 @@ if TYPE_CHECKING:
 
 
 class StepResult(NamedTuple):
-    """0-dim fp32 tensors on the device. `skipped` is 1 where loss or norm was not finite and nothing was updated."""
+    """0-dim fp32 tensors on the device. `skipped` is 1 where loss or norm was not finite and nothing was updated.
+
+    Loss and norm are those of the loss itself, whatever `loss_scale` its backward ran with; that is None but in fp16.
+    """
 
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
+    loss_scale: Tensor | None = None
 
 
 class WholeModel:
     """The chunk of a pipeline of one stage: tokens go in, the loss comes out."""
 
-    def __init__(self, loss: Callable[..., Tensor], vocab: int, device: torch.device) -> None:
-        self.loss = loss
+    def __init__(
+        self, loss: Callable[..., Tensor], vocab: int, device: torch.device, loss_scale: LossScale | None = None
+    ) -> None:
+        self.loss, self.loss_scale = loss, loss_scale
         self.vocab = vocab
         self.device = device
         self.micro_batches: tuple[MicroBatch, ...] = ()
         self.losses: dict[int, Tensor] = {}
         self.total = torch.zeros((), device=device)
         self.per_token = torch.ones((), device=device)
+        # What every backward begins with. In fp16 it goes into the logits' gradient before that is rounded.
+        self.upstream = self.per_token if loss_scale is None else torch.ones((), device=device)
 
     def feed(self, batch: GlobalBatch) -> None:
         """Takes the next step's micro-batches, sets the scale of every backward and starts the step's loss at zero.
@@ -60,18 +69,20 @@ class WholeModel:
         check_tokens(batch, self.vocab)
         self.micro_batches = batch.micro_batches
         self.per_token.fill_(1.0 / max(batch.valid_tokens, 1))
+        if self.loss_scale is not None:
+            torch.mul(self.per_token, self.loss_scale.scale, out=self.upstream)
         self.total.zero_()
 
     def forward(self, micro_batch: int, x: Tensor | None) -> Tensor:
         assert x is None, "the first chunk fetches its own input"
-        loss = self.loss(*inputs(self.micro_batches[micro_batch], self.device), self.per_token)
+        loss = self.loss(*inputs(self.micro_batches[micro_batch], self.device), self.upstream)
         self.losses[micro_batch] = loss
         return loss
 
     def backward(self, micro_batch: int, grad: Tensor | None) -> None:
         assert grad is None, "the last chunk's output is the loss"
         loss = self.losses.pop(micro_batch)
-        loss.backward(self.per_token)
+        loss.backward(self.upstream)
         self.total += loss.detach() * self.per_token
 
 
@@ -83,10 +94,12 @@ class Engine:
         self.model = build_model(cfg, device)
         self.ops = self.model.ops
         initialize(self.model, cfg.run.seed)
-        self.flat = FlatParameters(self.model.named_parameters(), decays)
-        self.optimizer = AdamW(self.flat.groups, cfg.optim, self.ops.adamw_)
+        keep_master = cfg.optim.master == "fp32"
+        self.flat = FlatParameters(self.model.named_parameters(), decays, keep_master=keep_master)
+        self.optimizer = AdamW(self.flat.groups, cfg.optim, self.ops.adamw_, self.ops.adamw_stochastic_, cfg.run.seed)
+        self.loss_scale = LossScale(cfg.optim, device) if cfg.run.dtype == "fp16" else None
         loss = torch.compile(self.model.loss, dynamic=False) if cfg.run.compile else self.model.loss
-        self.chunk = WholeModel(loss, cfg.model.vocab, device)
+        self.chunk = WholeModel(loss, cfg.model.vocab, device, self.loss_scale)
         micro_batches = cfg.batch.micro_batches(dp=1)
         self.executor = Executor(schedule.build(cfg.layout.schedule, 1, 1, micro_batches)[0], [self.chunk])
 
@@ -97,9 +110,17 @@ class Engine:
         self.executor.run()
         self.flat.finish_step()
         norm = self.ops.grad_norm([group.grad for group in self.flat.groups])
+        if self.loss_scale is None:
+            skipped = not_finite(self.chunk.total, norm)
+            self.optimizer.step(lr, clip_factor(norm, self.cfg.optim.clip), skipped)
+            return StepResult(self.chunk.total.clone(), norm, skipped)
+        scale = self.loss_scale.scale.clone()
+        norm = norm / scale
         skipped = not_finite(self.chunk.total, norm)
-        self.optimizer.step(lr, clip_factor(norm, self.cfg.optim.clip), skipped)
-        return StepResult(self.chunk.total.clone(), norm, skipped)
+        factor = clip_factor(norm, self.cfg.optim.clip)
+        self.optimizer.step(lr, (1.0 if factor is None else factor) / scale, skipped)
+        self.loss_scale.update(skipped)
+        return StepResult(self.chunk.total.clone(), norm, skipped, scale)
 
 
 def build_model(cfg: Config, device: torch.device) -> Transformer:

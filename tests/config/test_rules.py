@@ -183,6 +183,24 @@ BROKEN = [
         "data.stages.0: until_tokens = 0 is not above 0, where the stage begins; stages go up, and only the "
         "last may be 0 (to the end)",
     ),
+    (
+        "gpt2-124m",
+        ["optim.loss_scale=128"],
+        "optim: loss_scale = 128 is for run.dtype = 'fp16', but that is 'bf16', whose range needs none; nearest: "
+        "loss_scale 0, run.dtype fp16",
+    ),
+    (
+        "gpt2-124m",
+        ["optim.master=none", "run.dtype=fp16"],
+        "optim: master = 'none' is for run.dtype = 'bf16', but that is 'fp16', and fp16 weights need one; nearest: "
+        "master fp32, run.dtype bf16",
+    ),
+    (
+        "gpt2-124m",
+        ["optim.moments=bf16"],
+        "optim: moments = 'bf16' is for bf16 weights without a master, but master = 'fp32'; nearest: moments fp32, "
+        "master none",
+    ),
     ("gpt2-124m", ["data.stages=[{train=[]}]"], "data.stages.0: train is empty; name at least one source"),
     (
         "gpt2-124m",
@@ -210,6 +228,8 @@ def test_a_broken_rule_is_reported(recipe: str, overrides: list[str], problem: s
         ("llama3-1b", ["model.rope_scaling=none"]),
         ("gpt2-124m", ["optim.schedule=wsd", "optim.decay_steps=1000"]),
         ("gpt2-124m", ["run.steps=700"]),
+        ("gpt2-124m", ["run.dtype=fp16", "optim.loss_scale=128"]),
+        ("gpt2-124m", ["optim.master=none", "optim.moments=bf16"]),
         ("gpt2-124m", ["data.stages=[{until_tokens=1e9, train=['a']}, {train=['a', 'b']}]"]),
         ("gpt2-124m", ["run.steps=1000", "data.stages=[{until_tokens=524288000, train=['a']}]"]),
         ("gpt2-124m", ["data.split='1,0,0'"]),

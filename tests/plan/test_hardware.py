@@ -19,7 +19,7 @@ from megapre.plan.hardware import DEVICES
 def test_dense_peaks(name: str, bf16: float) -> None:
     device = find(name)
     assert device is not None
-    assert device.peak("bf16") == bf16
+    assert device.peak("bf16") == device.peak("fp16") == bf16
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from megapre.model.init import initialize
 from megapre.model.transformer import Transformer
 from megapre.plan import fullest_rank
 from megapre.plan.memory import (
+    ELEMENT,
     LOGITS_ROWS,
     MAX_LOGITS,
     chunks_in_flight,
@@ -85,17 +86,17 @@ def kept_by_autograd(model: Model, tokens_BS: torch.Tensor, dtype: torch.dtype) 
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("element", [2, 4])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_activations_equal_what_autograd_keeps(shape: dict[str, object], element: int) -> None:
-    dtype = {2: torch.bfloat16, 4: torch.float32}[element]
+def test_activations_equal_what_autograd_keeps(shape: dict[str, object], name: str) -> None:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
     tokens_BS = torch.arange(64).view(2, 32)
     models = [Model.model_validate({**shape, "layers": n, "context": 32, "vocab": 200}) for n in (1, 3)]
     one, three = (kept_by_autograd(model, tokens_BS, dtype) for model in models)
-    assert three - one == 2 * layer_activations(models[0], 64, element)
+    assert three - one == 2 * layer_activations(models[0], 64, ELEMENT[name])
 
     batch = Batch(micro=2, global_=2, seq_length=32)
-    run = Run(steps=1, dtype="bf16" if element == 2 else "fp32")
+    run = Run(steps=1, dtype=name)
     memory = fullest_rank(Config(model=models[0], batch=batch, optim=Optim(lr=1e-3), run=run))
     head_gradient = 4 * models[0].vocab_padded * 64  # counted with the logits
     assert one == memory.activations + head_gradient
@@ -147,6 +148,10 @@ def test_states_are_eighteen_bytes_a_parameter_and_sharded_six_and_twelve() -> N
     assert 0 <= eight.master + eight.moments - 12 * held / 8 < 2  # rounded up to whole bytes
     single = fullest_rank(layout("gpt2-124m", run_dtype="fp32"))
     assert (single.weights, single.master) == (4 * held, 0)  # fp32 weights are their own master
+    bare = fullest_rank(load("gpt2-124m", ["optim.master=none"]))
+    assert (bare.weights, bare.master, bare.moments) == (2 * held, 0, 8 * held)
+    assert fullest_rank(load("gpt2-124m", ["optim.master=none", "optim.moments=bf16"])).moments == 4 * held
+    assert fullest_rank(load("gpt2-124m", ["run.dtype=fp16"])) == one
     assert one.total == sum(value for key, value in one.as_json().items() if key != "total")
 
 

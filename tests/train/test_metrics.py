@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def record(step: int, loss: float, **changes: object) -> Record:
-    whole = Record(step, step * 8, step * 512, loss, 0.906, 3e-4, 0.412, 79456.0, 0.4624, 61.4 * 2**30, 0, False)  # type: ignore[arg-type]
+    whole = Record(step, step * 8, step * 512, loss, 0.906, 3e-4, 0.412, 79456.0, 0.4624, 61.4 * 2**30, 0, False, None)  # type: ignore[arg-type]
     return whole._replace(**changes)
 
 

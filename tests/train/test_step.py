@@ -152,7 +152,7 @@ class CountWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_a_step_never_waits_for_the_device(dtype: str) -> None:
     """The one value the host reads is the largest token of each micro-batch, which is on the host anyway."""
     cfg = debug(f"run.dtype={dtype}")
