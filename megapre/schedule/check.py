@@ -1,123 +1,168 @@
 """Whether a schedule can run: complete, in an order that respects what depends on what, and free of deadlock.
 
 What is assumed of the executor: a rank runs its actions in order; an action first receives its input, waiting until the
-peer has sent it, and sends its output without waiting; from one rank to another there is one first-in-first-out channel
-for activations and gradients together, so the k-th message sent is the k-th received.
+peer has sent it, and sends its output without waiting; from one rank to another there are two first-in-first-out
+channels, one for activations and one for gradients, so the k-th message sent on a channel is the k-th received.
+
+An activation is kept from its F to its B, or to its W where the backward is split. A schedule in which every action
+comes once and nothing waits for ever therefore frees all of them by its end.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import TypeAlias
 
-from .actions import Action, Schedule, stage_of
+from .actions import Action, Schedule, ScheduleError
+from .routes import OUTPUT, PHASE, Routes, event_name, routes
+
+Channel: TypeAlias = tuple[int, int, int]
+"""From a rank to a rank, for outputs or for gradients."""
+
+SHOWN = 10
+"""Problems that an error names."""
+
+HELD: Mapping[str, int] = {"F": 1, "B": -1, "I": 0, "W": -1}
+"""What an action does to the number of activations on its rank."""
 
 
-class Work(NamedTuple):
-    """An action without the rank: a stage's forward or backward of one micro-batch."""
+def check(schedule: Schedule, in_flight: int | None = None, unreceived: int | None = None) -> list[str]:
+    """What is wrong with the schedule, a line for each problem; empty if it can run.
 
-    kind: str
-    stage: int
-    micro_batch: int
-
-
-def check(schedule: Schedule, chunks: int, micro_batches: int) -> list[str]:
-    """What is wrong with the schedule, a line for each problem; empty if it can run."""
-    problems = list(_incomplete(schedule, chunks, micro_batches))
+    in_flight: most activations that a rank may hold. unreceived: messages that a channel takes before a sender has to
+    wait for the receiver; 0 is a rendezvous, None no limit.
+    """
+    problems = list(_incomplete(schedule))
     if problems:
         return problems  # what follows speaks of actions that must be there
-    return [*_misordered(schedule, chunks), *_stuck(schedule, chunks)]
+    table = routes(schedule)
+    problems = [*_misordered(schedule, table), *_stuck(schedule, table, unreceived)]
+    return problems if in_flight is None else [*problems, *_overfull(schedule, in_flight)]
+
+
+def checked(schedule: Schedule) -> Schedule:
+    """The schedule itself. Raises ScheduleError with what is wrong where `check` objects."""
+    problems = check(schedule)
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        lines = [f"  - {line}" for line in [*problems[:SHOWN], *more]]
+        raise ScheduleError("\n".join([f"schedule {schedule.name!r} cannot run:", *lines]))
+    return schedule
 
 
 def peak_in_flight(program: Sequence[Action]) -> int:
-    """Most forwards whose backward has not run yet, at any time, on a rank with these actions."""
+    """Most activations that a rank with these actions holds at any time, counted in chunks' worth."""
     held = peak = 0
     for action in program:
-        held += {"F": 1, "B": -1}[action.kind]
-        peak = max(peak, held)
+        held += HELD[action.kind]
+        if held > peak:
+            peak = held
     return peak
 
 
-def _incomplete(schedule: Schedule, chunks: int, micro_batches: int) -> Iterator[str]:
-    """Every forward and backward exactly once on its rank, and nothing else."""
-    expected = {Action(kind, c, i) for kind in ("F", "B") for c in range(chunks) for i in range(micro_batches)}
-    if not schedule:
+def _incomplete(schedule: Schedule) -> Iterator[str]:
+    """Every forward, and every backward whole or in both halves, exactly once on its rank, and nothing else."""
+    if not schedule.programs:
         yield "no ranks"
+    places = [(c, i) for c in range(schedule.chunks) for i in range(schedule.micro_batches)]
+    quartets = [tuple(Action(kind, *place) for kind in ("F", "B", "I", "W")) for place in places]
+    known = {action for quartet in quartets for action in quartet}
     for rank, program in enumerate(schedule):
         counts = Counter(program)
-        for action in sorted(expected - counts.keys()):
-            yield f"rank {rank}: {action} is missing"
-        for action in sorted(counts.keys() - expected):
-            yield f"rank {rank}: {action} is not of {chunks} chunks and {micro_batches} micro-batches"
+        for forward, whole, of_input, of_weights in quartets:
+            if forward not in counts:
+                yield f"rank {rank}: {forward} is missing"
+            if whole in counts:
+                for half in (of_input, of_weights):
+                    if half in counts:
+                        yield f"rank {rank}: {half} comes beside {whole}, which contains it"
+            elif of_input in counts or of_weights in counts:
+                for half, other in ((of_input, of_weights), (of_weights, of_input)):
+                    if half not in counts:
+                        yield f"rank {rank}: {half} is missing ({other} is there)"
+            else:
+                yield f"rank {rank}: {whole} is missing"
+        for action in sorted(counts.keys() - known):
+            yield f"rank {rank}: {action} is not of {schedule.chunks} chunks and {schedule.micro_batches} micro-batches"
         for action, count in counts.items():
-            if action in expected and count > 1:
+            if count > 1 and action in known:
                 yield f"rank {rank}: {action} comes {count} times"
 
 
-def _needs(work: Work, stages: int) -> list[Work]:
-    """What must have run before: the forward of the stage before; for a backward, the own forward and the backward of
-    the stage after.
-    """
-    kind, stage, i = work
-    if kind == "F":
-        return [Work("F", stage - 1, i)] if stage > 0 else []
-    return [Work("F", stage, i), *([Work("B", stage + 1, i)] if stage + 1 < stages else [])]
-
-
-def _misordered(schedule: Schedule, chunks: int) -> Iterator[str]:
+def _misordered(schedule: Schedule, table: Routes) -> Iterator[str]:
     """On each channel, messages are sent in the order in which they are received."""
-    ranks = len(schedule)
-    stages = ranks * chunks
-    sent: defaultdict[tuple[int, int], list[Work]] = defaultdict(list)
-    received: defaultdict[tuple[int, int], list[Work]] = defaultdict(list)
+    sent: defaultdict[Channel, list[int]] = defaultdict(list)
+    received: defaultdict[Channel, list[int]] = defaultdict(list)
     for rank, program in enumerate(schedule):
-        for action in program:
-            work = Work(action.kind, stage_of(rank, action.chunk, ranks), action.micro_batch)
-            for need in _needs(work, stages):
-                if need.stage % ranks != rank:
-                    received[need.stage % ranks, rank].append(need)
-            target = work.stage + (1 if work.kind == "F" else -1)
-            if 0 <= target < stages and target % ranks != rank:
-                sent[rank, target % ranks].append(work)
-    for source, target in sorted(sent.keys() | received.keys()):
-        pairs = zip_longest(sent[source, target], received[source, target])
-        for k, (given, wanted) in enumerate(pairs):
-            if given != wanted:
-                yield (
-                    f"rank {source} to rank {target}: message {k} is sent as {_name(given, ranks)} and received as "
-                    f"{_name(wanted, ranks)}"
-                )
+        for kind, chunk, i in program:
+            route = table[rank][kind][chunk]
+            if route.source is not None and route.takes is not None:
+                received[route.source, rank, PHASE[kind]].append(route.takes + i)
+            if route.target is not None:
+                sent[rank, route.target, PHASE[kind]].append(route.event + i)
+    for channel in sorted(sent.keys() | received.keys()):
+        if sent[channel] == received[channel]:
+            continue
+        source, target, phase = channel
+        for k, pair in enumerate(zip_longest(sent[channel], received[channel])):
+            if pair[0] != pair[1]:
+                given, wanted = ("nothing" if event is None else event_name(event, schedule)[0] for event in pair)
+                what = "activation" if phase == OUTPUT else "gradient"
+                yield f"rank {source} to rank {target}: {what} {k} is sent as {given} and received as {wanted}"
                 break  # later messages of the channel are shifted by this one
 
 
-def _stuck(schedule: Schedule, chunks: int) -> Iterator[str]:
+def _stuck(schedule: Schedule, table: Routes, unreceived: int | None) -> Iterator[str]:
     """Let every rank run as far as it can; whoever does not reach its end waits for ever."""
-    ranks = len(schedule)
-    stages = ranks * chunks
-    done: set[Work] = set()
-    position = [0] * ranks
-    waiting: defaultdict[Work, list[int]] = defaultdict(list)
-    ready = list(range(ranks))
+    done = bytearray(3 * schedule.stages * schedule.micro_batches)
+    position = [0] * schedule.ranks
+    waiting: dict[int, list[int]] = {}  # by event
+    under_way: Counter[Channel] = Counter()
+    sending: dict[Channel, int] = {}  # channels that are full, and the rank that waits to send
+    ready = list(range(schedule.ranks))
     while ready:
         rank = ready.pop()
-        program = schedule[rank]
-        while position[rank] < len(program):
-            action = program[position[rank]]
-            work = Work(action.kind, stage_of(rank, action.chunk, ranks), action.micro_batch)
-            missing = next((need for need in _needs(work, stages) if need not in done), None)
-            if missing is not None:
-                waiting[missing].append(rank)
+        program, own = schedule[rank], table[rank]
+        at = position[rank]
+        while at < len(program):
+            kind, chunk, i = program[at]
+            route = own[kind][chunk]
+            missing = [need + i for need in route.needs if not done[need + i]]
+            if missing:
+                waiting.setdefault(missing[0], []).append(rank)
                 break
-            done.add(work)
-            position[rank] += 1
-            ready += waiting.pop(work, [])
-    for missing, blocked in sorted(waiting.items()):
-        for rank in blocked:
-            yield (
-                f"rank {rank} waits for ever at action {position[rank]} ({schedule[rank][position[rank]]}) for "
-                f"{_name(missing, ranks)} of rank {missing.stage % ranks}"
-            )
+            event = route.event + i
+            done[event] = 1
+            at += 1
+            if event in waiting:
+                ready += waiting.pop(event)
+            if unreceived is None:
+                continue
+            if route.source is not None:
+                taken = (route.source, rank, PHASE[kind])
+                under_way[taken] -= 1
+                if taken in sending:
+                    ready.append(sending.pop(taken))
+            if route.target is not None:
+                given = (rank, route.target, PHASE[kind])
+                under_way[given] += 1
+                if under_way[given] > unreceived:
+                    sending[given] = rank
+                    break
+        position[rank] = at
+    for (_, target, _), rank in sorted(sending.items()):
+        at = position[rank] - 1
+        yield f"rank {rank} waits for ever after action {at} ({schedule[rank][at]}) to send it to rank {target}"
+    for rank, event in sorted((rank, event) for event, ranks in waiting.items() for rank in ranks):
+        at, (name, peer) = position[rank], event_name(event, schedule)
+        yield f"rank {rank} waits for ever at action {at} ({schedule[rank][at]}) for {name} of rank {peer}"
 
 
-def _name(work: Work | None, ranks: int) -> str:
-    return "nothing" if work is None else f"{work.kind}{work.micro_batch}.{work.stage // ranks}"
+def _overfull(schedule: Schedule, in_flight: int) -> Iterator[str]:
+    for rank, program in enumerate(schedule):
+        held = 0
+        for at, action in enumerate(program):
+            held += HELD[action.kind]
+            if held > in_flight:
+                yield f"rank {rank} holds {held} activations after action {at} ({action}), more than {in_flight}"
+                break
