@@ -1,0 +1,261 @@
+"""Who this process is among the ranks, and the process groups that it talks through.
+
+All groups are created at the beginning, on every rank in the one order of `order`, and each is used once at once: NCCL
+would otherwise set up a communicator at its first use, in whatever order the ranks get there, and an interleaved
+pipeline can deadlock in that (Megatron-LM pull request 5240).
+
+A pipeline's channel is a group of its own for each direction. The operations of one NCCL communicator run one after the
+other: in a group for both directions, a send of activations would stand before the receive of gradients on either side,
+and both sides would wait for the other one's receive.
+
+Groups of one rank have no communicator, and a world of one rank has no process group at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megapre.errors import UserError
+from megapre.mesh import Mesh
+
+TIMEOUT = 600.0
+"""Seconds after which waiting for another rank is an error, unless an axis has its own."""
+
+
+class CommError(UserError):
+    """Ranks that were not started as the layout needs them, a group that could not be made, an option unknown here."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Who this process is: one of `world` ranks, and one of `local_world` on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+
+def place(environment: Mapping[str, str]) -> Place:
+    """The place that a launcher (torchrun, `megapre launch local`) tells by its variables; without them, the only rank.
+
+    Raises CommError where variables are missing or contradict one another.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {name: environment[name] for name in names if name in environment}
+    if not given:
+        return Place()
+    needed = [*names, "MASTER_ADDR", "MASTER_PORT"] if given.get("WORLD_SIZE", "1") != "1" else names
+    if missing := [name for name in needed if name not in environment]:
+        raise CommError(
+            f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} set, but not {', '.join(missing)}: start ranks "
+            f"with torchrun or `megapre launch local`, or unset them for one rank"
+        )
+    told = ", ".join(f"{name} = {text}" for name, text in given.items())
+    try:
+        rank, world, local_rank, local_world = (int(given[name]) for name in names)
+    except ValueError:
+        raise CommError(f"not whole numbers: {told}") from None
+    if not (0 <= rank < world and 0 <= local_rank < local_world <= world):
+        raise CommError(f"no rank stands there: {told}")
+    return Place(rank, world, local_rank, local_world)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the communicators of an axis are made.
+
+    timeout: seconds until a stuck operation is an error. CUDA only: high_priority, whether kernels of the communicator
+    run before those of other streams; nccl, fields of `ncclConfig_t` such as min_ctas, max_ctas, cga_cluster_size.
+    """
+
+    timeout: float = TIMEOUT
+    high_priority: bool = False
+    nccl: Mapping[str, int] = field(default_factory=dict)
+
+
+class Spec(NamedTuple):
+    """One group to make. For a channel, ("send"), `ranks` are source and destination."""
+
+    axis: str
+    ranks: tuple[int, ...]
+
+
+AXES = ("tp", "cp", "dp", "dp_cp", "pp", "embedding", "send")
+"""What options can be given for, in the order of creation."""
+
+
+def order(mesh: Mesh, embedding: bool = False, wrap: bool = False) -> Iterator[Spec]:
+    """Every group of more than one rank, in the order in which all ranks make them.
+
+    embedding: first and last rank of each pipeline share a tied embedding. wrap: the last rank of a pipeline also talks
+    to the first, as in interleaved schedules. Within an axis no rank is in two groups that are made at the same time,
+    so each axis is done in one round, and the channels in at most six, however long the pipeline.
+    """
+    for axis, axes in (("tp", ("tp",)), ("cp", ("cp",)), ("dp", ("dp",)), ("dp_cp", ("dp", "cp")), ("pp", ("pp",))):
+        if axis != "dp_cp" or mesh.cp > 1:  # else it is dp
+            yield from (Spec(axis, ranks) for ranks in mesh.groups(*axes) if len(ranks) > 1)
+    lines = mesh.groups("pp")
+    if mesh.pp > 1 and embedding:
+        yield from (Spec("embedding", (line[0], line[-1])) for line in lines)
+    for first in (0, 1):  # 0-1, 2-3, ... and then 1-2, 3-4, ...: all of a round at once
+        steps = range(first, mesh.pp - 1, 2)
+        yield from (Spec("send", (line[s], line[s + 1])) for line in lines for s in steps)
+        yield from (Spec("send", (line[s + 1], line[s])) for line in lines for s in steps)
+    if mesh.pp > 2 and wrap:
+        yield from (Spec("send", (line[-1], line[0])) for line in lines)
+        yield from (Spec("send", (line[0], line[-1])) for line in lines)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group that this process is in. `handle` is for torch.distributed, and None for a group of one."""
+
+    ranks: tuple[int, ...]
+    index: int
+    handle: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of this process. dp_cp averages gradients; `embedding` is None except on the ends of a pipeline that
+    share a tied one; `send[peer]` and `receive[peer]` are the channels to and from the neighbours in the pipeline.
+    """
+
+    mesh: Mesh
+    rank: int
+    device: torch.device
+    world: Group
+    tp: Group
+    cp: Group
+    dp: Group
+    dp_cp: Group
+    pp: Group
+    embedding: Group | None
+    send: Mapping[int, Group]
+    receive: Mapping[int, Group]
+
+
+def join(here: Place, device: torch.device, timeout: float = TIMEOUT) -> None:
+    """Meets all other ranks at MASTER_ADDR:MASTER_PORT. Does nothing in a world of one.
+
+    On CUDA the group of the world takes CPU tensors too, over gloo: what ranks agree on need not wait for the device.
+    """
+    if here.world > 1:
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(
+            backend, rank=here.rank, world_size=here.world, timeout=timedelta(seconds=timeout)
+        )  # no device_id: with one, NCCL would make each group by a split in which all ranks of the world must join
+
+
+def leave() -> None:
+    """Gives up all groups. To be called by all ranks, after a run that went well."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def connect(
+    mesh: Mesh,
+    rank: int,
+    device: torch.device,
+    *,
+    embedding: bool = False,
+    wrap: bool = False,
+    options: Mapping[str, Options] | None = None,
+) -> Groups:
+    """Makes all groups of `mesh` (see `order`) and uses each once; after `join`, on all ranks.
+
+    `options` are by axis, one of AXES. Raises CommError where the ranks that run are not those of the mesh, and where a
+    group could not be made, naming it.
+    """
+    options = options or {}
+    if unknown := sorted(options.keys() - set(AXES)):
+        raise CommError(f"communication options for {', '.join(unknown)}; there are {', '.join(AXES)}")
+    running = dist.get_world_size() if dist.is_initialized() else 1
+    if running != mesh.world:
+        raise CommError(f"layout: needs {mesh.world} ranks, {running} running:\n{mesh}")
+    alone = Group((rank,), 0)
+    whole = Group(tuple(range(mesh.world)), rank, dist.group.WORLD) if mesh.world > 1 else alone
+    own = dict.fromkeys(("tp", "cp", "dp", "dp_cp", "pp"), alone)
+    ends, send, receive = None, {}, {}
+    for spec in order(mesh, embedding, wrap):
+        group = _made(spec, rank, device, options.get(spec.axis, Options()))
+        if group is None:
+            continue
+        if spec.axis == "embedding":
+            ends = group
+        elif spec.axis != "send":
+            own[spec.axis] = group
+        elif group.index == 0:
+            send[spec.ranks[1]] = group
+        else:
+            receive[spec.ranks[0]] = group
+    if mesh.cp == 1:
+        own["dp_cp"] = own["dp"]
+    return Groups(
+        mesh, rank, device, whole, **own, embedding=ends, send=MappingProxyType(send), receive=MappingProxyType(receive)
+    )
+
+
+def _made(spec: Spec, rank: int, device: torch.device, options: Options) -> Group | None:
+    """The group, if `rank` is in it. Every rank must call this: torch counts groups to name them."""
+    cuda = device.type == "cuda"
+    try:
+        handle = dist.new_group(
+            list(spec.ranks),
+            timeout=timedelta(seconds=options.timeout),
+            backend="nccl" if cuda else "gloo",
+            pg_options=nccl_options(options) if cuda and rank in spec.ranks else None,
+            group_desc=spec.axis,
+            device_id=device if cuda else None,
+            sort_ranks=False,  # a channel is source, destination
+        )
+        if rank not in spec.ranks:
+            return None
+        group = Group(spec.ranks, spec.ranks.index(rank), handle)
+        _use(spec, group, device)
+    except RuntimeError as error:  # of which torch's DistError is one
+        raise CommError(f"rank {rank}: the {spec.axis} group of ranks {_short(spec.ranks)} failed: {error}") from error
+    return group
+
+
+def _use(spec: Spec, group: Group, device: torch.device) -> None:
+    """The first operation of a group, here and now, on all of its ranks."""
+    token = torch.ones(1, device=device)
+    if spec.axis != "send":
+        dist.all_reduce(token, group=group.handle)
+        assert token.item() == group.size, f"a sum over {group.size} ranks gave {token.item()}"
+    elif group.index == 0:
+        dist.send(token, group=group.handle, group_dst=1)
+    else:
+        dist.recv(token, group=group.handle, group_src=0)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def nccl_options(options: Options) -> Any:
+    """`options` as `ProcessGroupNCCL.Options`. Raises CommError for a field this torch's NCCL does not have."""
+    made = dist.ProcessGroupNCCL.Options(is_high_priority_stream=options.high_priority)
+    known = [name for name in dir(made.config) if not name.startswith("_") and name != "unsafe_get_ptr"]
+    for name, value in options.nccl.items():
+        if name not in known:
+            raise CommError(f"NCCL in torch {torch.__version__} has no option {name!r}; there are {', '.join(known)}")
+        setattr(made.config, name, value)
+    return made
+
+
+def _short(ranks: tuple[int, ...]) -> str:
+    if len(ranks) <= 8:
+        return ", ".join(map(str, ranks))
+    return f"{', '.join(map(str, ranks[:4]))}, ... {ranks[-1]} ({len(ranks)} of them)"
