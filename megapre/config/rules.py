@@ -218,6 +218,11 @@ def _precision(optim: "Optim", run: "Run") -> Problems:
             f"optim: moments = 'bf16' is for bf16 weights without a master, but master = {optim.master!r}; nearest: "
             f"moments fp32, master none"
         )
+    if optim.grad_dtype == "bf16" and run.dtype != "bf16":
+        yield (
+            f"optim: grad_dtype = 'bf16' is for run.dtype = 'bf16', but that is {run.dtype!r}; nearest: grad_dtype "
+            f"fp32, run.dtype bf16"
+        )
 
 
 def _lengths(optim: "Optim", run: "Run") -> Problems:

@@ -185,6 +185,9 @@ class Optim(Section):
     moments: Literal["fp32", "bf16"] = knob(
         "fp32", description="both moments; bf16 (rounded at random) needs master none"
     )
+    grad_dtype: Literal["fp32", "bf16"] = knob(
+        "fp32", description="of the sums of gradients over micro-batches; bf16 needs run.dtype bf16"
+    )
     loss_scale: Real = knob(0.0, description="fp16: factor of the loss in the backward; 0 = dynamic, from 65536", ge=0)
     loss_scale_window: Size = knob(2000, "steps", "fp16: good steps in a row after which a dynamic scale doubles")
 

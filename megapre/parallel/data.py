@@ -6,10 +6,14 @@ decay and one for those that do not, laid out in reverse order of use. That is t
 the backward, so that a bucket, a consecutive cut of the buffer, is complete as early as possible.
 
     dtype of the model   param buffer   master                     grad
-    bf16                 bf16           fp32, own                  fp32: micro-batches are added up in fp32
-    bf16, no master      bf16           the param buffer itself    fp32
+    bf16                 bf16           fp32, own                  fp32: micro-batches are added up in fp32; or bf16
+    bf16, no master      bf16           the param buffer itself    fp32 or bf16
     fp16                 fp16           fp32, own                  fp32
     fp32                 fp32           the param buffer itself    fp32
+
+A bf16 sum is rounded after every addition, by 2^-9 of itself at most: after k of them a gradient is off by at most
+k 2^-9 of the largest sum on the way, mostly by sqrt(k) of that. A micro-batch is one addition, but for the head's
+matrix every chunk of logits is one, and where head and embedding are tied the embedding another.
 
 A gradient arrives on one of two ways. An op that can adds it up in the buffer itself: the parameter's `gradient_sink`
 (kernels/gradient_sink.py) hands it the place. From every other op it comes through a post-accumulate hook, which takes
@@ -62,7 +66,12 @@ class FlatGroup:
     """The parameters that share a weight decay setting, and their buffers (1-D, equal length)."""
 
     def __init__(
-        self, decays: bool, parameters: list[tuple[str, nn.Parameter]], bucket_elements: int, keep_master: bool
+        self,
+        decays: bool,
+        parameters: list[tuple[str, nn.Parameter]],
+        bucket_elements: int,
+        keep_master: bool,
+        grad_dtype: torch.dtype,
     ) -> None:
         self.decays = decays
         self.slots: dict[str, Slot] = {}
@@ -82,7 +91,7 @@ class FlatGroup:
             parameter.data = view
         alone = self.param.dtype == torch.float32 or not keep_master
         self.master = self.param if alone else self.param.to(torch.float32)
-        self.grad = torch.zeros(end, dtype=torch.float32, device=self.param.device)
+        self.grad = torch.zeros(end, dtype=grad_dtype, device=self.param.device)
         self.buckets = tuple(self._cut(bucket_elements))
 
     def _cut(self, bucket_elements: int) -> Iterator[Bucket]:
@@ -123,11 +132,12 @@ class FlatParameters:
         decays: Callable[[str, Tensor], bool],
         bucket_elements: int = BUCKET_ELEMENTS,
         keep_master: bool = True,
+        grad_dtype: torch.dtype = torch.float32,
     ) -> None:
         reverse = list(parameters)[::-1]
         sides = ([p for p in reverse if decays(*p)], [p for p in reverse if not decays(*p)])
         self.groups = tuple(
-            FlatGroup(side_decays, side, bucket_elements, keep_master)
+            FlatGroup(side_decays, side, bucket_elements, keep_master, grad_dtype)
             for side_decays, side in zip((True, False), sides, strict=True)
             if side
         )

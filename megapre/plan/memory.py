@@ -55,7 +55,8 @@ def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu", fuse
     """Memory of one rank of pipeline stage `stage`.
 
     States: 16-bit weights 2, fp32 gradients 4, fp32 master 4 and moments 8 bytes a parameter, the last two cut over
-    `dp`; fp32 weights, and with optim.master = "none" bf16 ones, are their own master. bf16 moments take 4.
+    `dp`; fp32 weights, and with optim.master = "none" bf16 ones, are their own master. bf16 gradients take 2, bf16
+    moments 4.
     """
     model, layout = cfg.model, cfg.layout
     first, last = stage == 0, stage == layout.pp - 1
@@ -71,7 +72,7 @@ def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu", fuse
         ends += tokens * (2 * model.hidden * element + _norm_statistics(model))
     return Memory(
         weights=held * element,
-        gradients=held * 4,
+        gradients=held * ELEMENT[cfg.optim.grad_dtype],
         master=0 if element == 4 or cfg.optim.master == "none" else -(-held * 4 // dp),
         moments=-(-held * 2 * ELEMENT[cfg.optim.moments] // dp),
         activations=in_flight * (model.layers // (layout.pp * layout.vpp)) * one + ends,

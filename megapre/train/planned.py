@@ -48,13 +48,16 @@ def box(found: plan.Plan, used: dict[str, str], run_folder: str) -> str:
 
 
 def precision(cfg: Config) -> str:
-    """What a run keeps its weights and moments in, and how it scales its loss."""
+    """What a run keeps its weights, moments and gradients in, and how it scales its loss."""
     optim, dtype = cfg.optim, cfg.run.dtype
     if dtype == "fp16":
         scale = f"loss times {optim.loss_scale or INITIAL:.10g}"
         if not optim.loss_scale:
             scale += f", halved at overflow, doubled after {optim.loss_scale_window:,} good steps"
         return f"fp16 weights, fp32 master and moments; {scale}"
+    if dtype == "fp32":
+        return "fp32"
+    sums = "" if optim.grad_dtype == "fp32" else f"; gradients summed in {optim.grad_dtype}"
     if optim.master == "none":
-        return f"{dtype} weights without master, rounded at random; {optim.moments} moments"
-    return "fp32" if dtype == "fp32" else f"{dtype} weights, fp32 master and moments"
+        return f"{dtype} weights without master, rounded at random; {optim.moments} moments{sums}"
+    return f"{dtype} weights, fp32 master and moments{sums}"

@@ -94,8 +94,12 @@ class Engine:
         self.model = build_model(cfg, device)
         self.ops = self.model.ops
         initialize(self.model, cfg.run.seed)
-        keep_master = cfg.optim.master == "fp32"
-        self.flat = FlatParameters(self.model.named_parameters(), decays, keep_master=keep_master)
+        self.flat = FlatParameters(
+            self.model.named_parameters(),
+            decays,
+            keep_master=cfg.optim.master == "fp32",
+            grad_dtype=DTYPES[cfg.optim.grad_dtype],
+        )
         self.optimizer = AdamW(self.flat.groups, cfg.optim, self.ops.adamw_, self.ops.adamw_stochastic_, cfg.run.seed)
         self.loss_scale = LossScale(cfg.optim, device) if cfg.run.dtype == "fp16" else None
         loss = torch.compile(self.model.loss, dynamic=False) if cfg.run.compile else self.model.loss

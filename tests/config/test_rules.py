@@ -201,6 +201,12 @@ BROKEN = [
         "optim: moments = 'bf16' is for bf16 weights without a master, but master = 'fp32'; nearest: moments fp32, "
         "master none",
     ),
+    (
+        "gpt2-124m",
+        ["optim.grad_dtype=bf16", "run.dtype=fp16"],
+        "optim: grad_dtype = 'bf16' is for run.dtype = 'bf16', but that is 'fp16'; nearest: grad_dtype fp32, "
+        "run.dtype bf16",
+    ),
     ("gpt2-124m", ["data.stages=[{train=[]}]"], "data.stages.0: train is empty; name at least one source"),
     (
         "gpt2-124m",

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from megapre import kernels
 from megapre.model import decays
 from megapre.parallel.data import ALIGNMENT, FlatParameters
 
@@ -65,6 +66,29 @@ def test_gradients_of_micro_batches_are_added_up_in_fp32(dtype: torch.dtype) -> 
             assert grad.dtype == torch.float32
             assert torch.equal(grad, expected[name]), name
         assert all(p.grad is None for p in net.parameters()), "a second set of gradients is kept alive"
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["through-hooks", "into-sinks"])
+def test_a_bf16_sum_is_rounded_once_an_addition(native: bool) -> None:
+    """The sum of k micro-batches is off by at most 2^-9 of each of its k partial sums: no addition rounds twice."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(33, 20, dtype=torch.bfloat16))
+    ops = kernels.choose("cpu", {"linear": "native" if native else "torch"}, torch.bfloat16)
+    flat = FlatParameters([("weight", weight)], decays, grad_dtype=torch.bfloat16)
+    assert [group.grad.dtype for group in flat.groups] == [torch.bfloat16]
+    flat.begin_step()
+    exact = torch.zeros(33, 20, dtype=torch.float64)
+    bound = torch.zeros(33, 20, dtype=torch.float64)
+    for _ in range(16):
+        x, dy = torch.randn(7, 20, dtype=torch.bfloat16), torch.randn(7, 33, dtype=torch.bfloat16)
+        ops.linear(x, weight).backward(dy)
+        part = dy.double().T @ x.double()
+        exact += part
+        # The partial sum that is rounded is off by what was before; autograd's bf16 part is rounded by itself.
+        bound += 2.0**-9 * (exact.abs() + bound + (0 if native else part.abs())) + 1e-5
+    flat.finish_step()
+    total = flat.named(lambda group: group.grad)["weight"]
+    assert ((total.double() - exact).abs() <= bound).all()
 
 
 def test_a_parameter_without_a_gradient_in_this_step_has_zero() -> None:

@@ -152,6 +152,7 @@ def test_states_are_eighteen_bytes_a_parameter_and_sharded_six_and_twelve() -> N
     assert (bare.weights, bare.master, bare.moments) == (2 * held, 0, 8 * held)
     assert fullest_rank(load("gpt2-124m", ["optim.master=none", "optim.moments=bf16"])).moments == 4 * held
     assert fullest_rank(load("gpt2-124m", ["run.dtype=fp16"])) == one
+    assert fullest_rank(load("gpt2-124m", ["optim.grad_dtype=bf16"])) == replace(one, gradients=2 * held)
     assert one.total == sum(value for key, value in one.as_json().items() if key != "total")
 
 
