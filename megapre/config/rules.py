@@ -149,6 +149,44 @@ def _stages(model: "Model", layout: "Layout") -> Problems:
     )
 
 
+CHUNKS: Mapping[str, tuple[int, float]] = {
+    "1f1b": (1, 1),
+    "interleaved": (2, math.inf),
+    "zb_h1": (1, 1),
+    "zbv": (2, 2),
+    "dualpipev": (2, 2),
+}
+"""Chunks a rank that a schedule has an order for, at least and at most; those not named here take any."""
+
+
+def _schedule(layout: "Layout", batch: "Batch") -> Problems:
+    name, pp, vpp = layout.schedule, layout.pp, layout.vpp
+    least, most = CHUNKS.get(name, (1, math.inf))
+    if not least <= vpp <= most:
+        others = [other for other, (low, high) in CHUNKS.items() if low <= vpp <= high]
+        exactly = "at least" if most == math.inf else "exactly"
+        yield (
+            f"layout: schedule {name!r} needs {exactly} {least} chunk{'s' if least > 1 else ''} a rank, but vpp = "
+            f"{vpp}; nearest: vpp {least}, schedule {' or '.join(others)}"
+        )
+    if name == "zb_h1" and pp == 1:
+        yield "layout: schedule 'zb_h1' fills the bubble of a pipeline, but pp = 1; nearest: schedule 1f1b, pp 2"
+    unit = batch.micro * (layout.dp or 1)
+    if name == "dualpipev" and batch.global_ // unit < 2 * pp:
+        yield (
+            f"layout: schedule 'dualpipev' needs 2*pp = 2*{pp} = {2 * pp} micro-batches or more, but global/(micro*dp) "
+            f"= {batch.global_}/({batch.micro}*{layout.dp or 1}) = {batch.global_ // unit}; nearest: batch.global "
+            f"{2 * pp * unit}, schedule zbv"
+        )
+    if layout.group and name != "interleaved":
+        yield f"layout: group = {layout.group} is for schedule 'interleaved', not {name!r}; nearest: group 0"
+    elif 0 < layout.group < min(pp, batch.global_ // unit):
+        yield (
+            f"layout: group = {layout.group} micro-batches are fewer than pp = {pp} ranks, and the next chunk would "
+            f"wait for them; nearest: group {pp}, or 0 (the fewest that work)"
+        )
+
+
 def _tensor(model: "Model", layout: "Layout") -> Problems:
     tp = layout.tp
     for name, value in (("heads", model.heads), ("ffn", model.ffn)):
@@ -311,6 +349,7 @@ RULES: tuple[Callable[..., Problems], ...] = (
     _vocab,
     _sequence,
     _stages,
+    _schedule,
     _tensor,
     _context,
     _batch,

@@ -138,8 +138,22 @@ class Layout(Section):
     vpp: Size = knob(1, "chunks", "pipeline chunks a rank (virtual stages)")
     cp: Size = knob(1, "ranks", "context parallelism: each sequence cut over this many")
     dp: Count = knob(0, "ranks", "data parallelism; 0 = world / (tp * pp * cp)")
-    schedule: Literal["gpipe", "1f1b"] = knob("1f1b", description="order of micro-batches in the pipeline")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zbv", "dualpipev"] = knob(
+        "1f1b", description="order of micro-batches in the pipeline; unless given, with vpp > 1 it is interleaved"
+    )
+    group: Count = knob(
+        0, "micro-batches", "interleaved: that pass a chunk before the next chunk's turn; 0 = fewest, mostly pp"
+    )
     sequence_parallel: bool = knob(True, description="with tp > 1, cut norms and dropouts over the sequence too")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _interleave(cls, given: Any) -> Any:
+        """Several chunks a rank without a word on their order are interleaved."""
+        if isinstance(given, dict) and "schedule" not in given:
+            vpp = _whole(given.get("vpp"))
+            return {**given, "schedule": "interleaved"} if isinstance(vpp, int) and vpp > 1 else given
+        return given
 
     @property
     def model_parallel(self) -> int:

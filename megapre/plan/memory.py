@@ -11,7 +11,9 @@ Vp padded vocabulary, t tensor, p pipeline and d data parallel ranks.
 from dataclasses import asdict, dataclass
 from typing import Literal, TypeAlias
 
-from ..config import Config, Model
+from ..config import Config, Layout, Model
+from ..schedule import BUILDERS
+from ..schedule.formulas import in_flight
 from . import params
 
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -59,15 +61,15 @@ def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu", fuse
     moments 4.
     """
     model, layout = cfg.model, cfg.layout
-    first, last = stage == 0, stage == layout.pp - 1
+    first, last = ends_held(layout, stage)
     held = stage_parameters(model, layout.tp, layout.pp, first, last)
     element = ELEMENT[cfg.run.dtype]
     tokens = cfg.batch.micro * cfg.batch.seq_length // layout.cp
     one = layer_activations(model, tokens, element, layout.tp, layout.sequence_parallel)
-    in_flight = chunks_in_flight(cfg, stage, dp)
+    held_chunks = chunks_in_flight(cfg, stage, dp)
     ends = 0
     if first:  # tokens, as int64
-        ends += in_flight * 8 * tokens
+        ends += held_chunks * 8 * tokens
     if last:  # input of the last norm with its statistics, and the gradient that the loss hands back
         ends += tokens * (2 * model.hidden * element + _norm_statistics(model))
     return Memory(
@@ -75,7 +77,7 @@ def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu", fuse
         gradients=held * ELEMENT[cfg.optim.grad_dtype],
         master=0 if element == 4 or cfg.optim.master == "none" else -(-held * 4 // dp),
         moments=-(-held * 2 * ELEMENT[cfg.optim.moments] // dp),
-        activations=in_flight * (model.layers // (layout.pp * layout.vpp)) * one + ends,
+        activations=held_chunks * (model.layers // (layout.pp * layout.vpp)) * one + ends,
         logits=logits_bytes(model, tokens, element, layout.tp, device, fused_loss) if last else 0,
     )
 
@@ -93,19 +95,16 @@ def stage_parameters(model: Model, tp: int, pp: int, first: bool, last: bool) ->
 
 
 def chunks_in_flight(cfg: Config, stage: int, dp: int = 1) -> int:
-    """Most chunk activations that a rank holds at a time.
-
-    GPipe: all m v. 1F1B: min(p - r, m). Interleaved: 2(p - r - 1) + (v - 1)p + 1, which on rank 0 is p(1 + (p-1)/(pv))
-    stages' worth (Narayanan et al. 2021).
-    """
+    """Most chunk activations that pipeline rank `stage` holds at a time, by the schedule's closed form."""
     layout = cfg.layout
     micro_batches = cfg.batch.micro_batches(layout.dp or max(dp // layout.cp, 1))
-    if layout.schedule == "gpipe":
-        return micro_batches * layout.vpp
-    if layout.vpp == 1:
-        return min(layout.pp - stage, micro_batches)
-    warmup = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
-    return min(warmup, micro_batches * layout.vpp)
+    return in_flight(layout.schedule, layout.pp, layout.vpp, micro_batches, stage, layout.group or None)
+
+
+def ends_held(layout: Layout, stage: int) -> tuple[bool, bool]:
+    """Whether pipeline rank `stage` holds the embedding, and whether the head: with chunks on a V rank 0 has both."""
+    back = BUILDERS[layout.schedule].placement == "v" and layout.vpp % 2 == 0
+    return stage == 0, stage == (0 if back else layout.pp - 1)
 
 
 def layer_activations(model: Model, tokens: int, element: int, tp: int = 1, sequence_parallel: bool = True) -> int:

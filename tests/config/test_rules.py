@@ -32,6 +32,44 @@ BROKEN = [
     ),
     (
         "gpt2-124m",
+        ["layout.pp=2", "layout.vpp=3", "layout.schedule=1f1b"],
+        "layout: schedule '1f1b' needs exactly 1 chunk a rank, but vpp = 3; nearest: vpp 1, schedule interleaved",
+    ),
+    (
+        "gpt2-124m",
+        ["layout.pp=2", "layout.schedule=interleaved"],
+        "layout: schedule 'interleaved' needs at least 2 chunks a rank, but vpp = 1; nearest: vpp 2, schedule 1f1b or "
+        "zb_h1",
+    ),
+    (
+        "gpt2-124m",
+        ["layout.pp=2", "layout.vpp=3", "layout.schedule=zbv"],
+        "layout: schedule 'zbv' needs exactly 2 chunks a rank, but vpp = 3; nearest: vpp 2, schedule interleaved",
+    ),
+    (
+        "gpt2-124m",
+        ["layout.schedule=zb_h1"],
+        "layout: schedule 'zb_h1' fills the bubble of a pipeline, but pp = 1; nearest: schedule 1f1b, pp 2",
+    ),
+    (
+        "gpt2-124m",
+        ["layout.pp=6", "layout.vpp=2", "layout.schedule=dualpipev", "batch.global=20", "batch.micro=2"],
+        "layout: schedule 'dualpipev' needs 2*pp = 2*6 = 12 micro-batches or more, but global/(micro*dp) = 20/(2*1) = "
+        "10; nearest: batch.global 24, schedule zbv",
+    ),
+    (
+        "gpt2-124m",
+        ["layout.pp=4", "layout.vpp=3", "layout.group=3"],
+        "layout: group = 3 micro-batches are fewer than pp = 4 ranks, and the next chunk would wait for them; nearest: "
+        "group 4, or 0 (the fewest that work)",
+    ),
+    (
+        "gpt2-124m",
+        ["layout.group=3"],
+        "layout: group = 3 is for schedule 'interleaved', not '1f1b'; nearest: group 0",
+    ),
+    (
+        "gpt2-124m",
         ["model.heads=7"],
         "model: hidden = 768 is not a whole number of heads = 7 (768 % 7 = 5); nearest: hidden 763 or 770, "
         "heads 6 or 8, or set head_dim",
@@ -228,6 +266,11 @@ def test_a_broken_rule_is_reported(recipe: str, overrides: list[str], problem: s
     ("recipe", "overrides"),
     [
         ("gpt2-124m", ["layout.pp=4", "layout.vpp=3"]),
+        ("gpt2-124m", ["layout.pp=4", "layout.vpp=3", "layout.group=6"]),
+        ("gpt2-124m", ["layout.pp=2", "layout.vpp=2", "layout.schedule=zbv"]),
+        ("gpt2-124m", ["layout.pp=2", "layout.vpp=2", "layout.schedule=dualpipev"]),
+        ("gpt2-124m", ["layout.pp=2", "layout.schedule=zb_h1"]),
+        ("gpt2-124m", ["layout.schedule=breadth_first"]),
         ("gpt2-124m", ["layout.pp=6", "layout.tp=4", "layout.cp=2", "layout.dp=8"]),
         ("llama3-8b", ["layout.tp=16"]),  # two ranks hold each of 8 key-value heads
         ("llama3-8b", ["model.rope_scaling={type='linear', factor=4}"]),

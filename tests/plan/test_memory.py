@@ -23,7 +23,7 @@ from megapre.plan.memory import (
     stage_memory,
     stage_parameters,
 )
-from megapre.schedule import build, peak_in_flight
+from megapre.schedule import BUILDERS, build, peak_in_flight
 
 GIB = 2**30
 
@@ -156,12 +156,14 @@ def test_states_are_eighteen_bytes_a_parameter_and_sharded_six_and_twelve() -> N
     assert one.total == sum(value for key, value in one.as_json().items() if key != "total")
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("schedule", BUILDERS)
 @pytest.mark.parametrize("micro_batches", [1, 3, 8])
 def test_in_flight_is_that_of_the_schedule(schedule: str, micro_batches: int) -> None:
-    cfg = layout("gpt2-124m", layout_pp=4, layout_schedule=schedule, batch_global=2 * micro_batches, batch_micro=2)
-    programs = build(schedule, 4, 1, micro_batches)
-    assert [chunks_in_flight(cfg, stage) for stage in range(4)] == [peak_in_flight(program) for program in programs]
+    vpp, micro_batches = BUILDERS[schedule].least, max(micro_batches, 6 if schedule == "dualpipev" else 1)
+    sizes = {"layout_pp": 3, "layout_vpp": vpp, "batch_global": 2 * micro_batches, "batch_micro": 2}
+    cfg = layout("gpt2-124m", layout_schedule=schedule, **sizes)
+    programs = build(schedule, 3, vpp, micro_batches)
+    assert [chunks_in_flight(cfg, stage) for stage in range(3)] == [peak_in_flight(program) for program in programs]
 
 
 def test_interleaved_first_stage_holds_the_published_share() -> None:
@@ -177,6 +179,15 @@ def test_first_and_last_stage() -> None:
     assert [memory.logits > 0 for memory in stages] == [False, False, False, True]
     assert stages[0].weights > stages[1].weights == stages[2].weights < stages[3].weights
     assert fullest_rank(cfg).total == max(memory.total for memory in stages)
+
+
+def test_both_ends_lie_on_the_first_rank_of_a_v() -> None:
+    cfg = layout("llama3-8b", layout_pp=4, layout_vpp=2, layout_schedule="zbv")
+    stages = [stage_memory(cfg, stage) for stage in range(4)]
+    assert [memory.logits > 0 for memory in stages] == [True, False, False, False]
+    assert stages[0].weights > stages[1].weights == stages[3].weights
+    loop = [stage_memory(layout("llama3-8b", layout_pp=4, layout_vpp=2), stage) for stage in range(4)]
+    assert sum(memory.weights for memory in stages) == sum(memory.weights for memory in loop)
 
 
 def test_tensor_and_sequence_parallel_shares() -> None:

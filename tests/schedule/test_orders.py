@@ -1,12 +1,15 @@
 """Schedules against their definitions, Megatron-LM's tables and the generators of torch.distributed.pipelining."""
 
-from typing import Any
+import math
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from play import home, parse, runs, stage_at, text
 
+from megapre.config import Layout
+from megapre.config.rules import CHUNKS
 from megapre.schedule import BUILDERS, Action, Schedule, ScheduleError, build, check, holder, stage_of
 
 small = {"ranks": st.integers(1, 6), "chunks": st.integers(1, 4), "micro_batches": st.integers(1, 16)}
@@ -161,6 +164,13 @@ def test_gradients_add_up_in_one_order(name: str, ranks: int, chunks: int, micro
         for chunk in range(chunks):
             order = [a.micro_batch for a in program if a.chunk == chunk and a.kind in "BW"]
             assert order == sorted(order, reverse=name == "breadth_first")
+
+
+def test_the_config_knows_every_schedule_and_its_chunks() -> None:
+    names = get_args(Layout.model_fields["schedule"].annotation)
+    assert set(names) == set(BUILDERS)
+    for name, builder in BUILDERS.items():
+        assert CHUNKS.get(name, (1, math.inf)) == (builder.least, builder.most or math.inf)
 
 
 def test_placements() -> None:

@@ -1,0 +1,67 @@
+"""What each pipeline stage takes: FLOPs, bytes and, at a rate, seconds. The costs that a schedule is simulated with.
+
+The gradient of a layer's input (I) costs what its forward does and the attention scores once more; that of its weights
+(W) the matrices alone. The last stage has the head besides, and the first the embedding, which costs no FLOPs but
+memory traffic.
+"""
+
+from dataclasses import dataclass
+
+from ..config import Config
+from ..errors import UserError
+from ..schedule import Costs
+from . import params
+from .memory import ELEMENT, layer_activations
+
+MICRO, GIGA = 1e-6, 1e9
+
+
+class StageError(UserError):
+    """A model that cannot be cut into so many stages."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device reaches, FLOP/s of products and bytes/s of its memory, and the link between two stages."""
+
+    flops: float
+    memory: float
+    latency: float = 10 * MICRO
+    link: float = 50 * GIGA
+
+
+def stage_costs(cfg: Config, chunks: int, rates: Rates) -> Costs:
+    """Seconds and bytes of one micro-batch on each of pp * chunks equal stages, on one tensor-parallel rank.
+
+    Raises StageError where the layers cannot be cut so, or the vocabulary is not known.
+    """
+    model, layout = cfg.model, cfg.layout
+    stages = layout.pp * chunks
+    if model.layers % stages:
+        raise StageError(f"{model.layers} layers % ({layout.pp} * {chunks}) = {model.layers % stages}")
+    if model.vocab == 0:
+        raise StageError("model: vocab = 0 is that of the data's tokenizer; set model.vocab to count the head")
+    layers, tokens = model.layers // stages, cfg.batch.micro * cfg.batch.seq_length // layout.cp
+    share = tokens / (rates.flops * layout.tp)
+    matrices = 2 * params.layer(model).matrices * share * layers
+    scores = 2 * cfg.batch.seq_length * model.heads * model.head_dim * share * layers  # causal, counted as half
+    head = 2 * model.vocab * model.hidden * share
+    element = ELEMENT[cfg.run.dtype]
+    stream = tokens * model.hidden / (layout.tp if layout.sequence_parallel else 1)
+    look_up = 2 * element * stream / rates.memory
+    add_up = (element + 2 * 4) * stream / rates.memory  # fp32 gradients are read and written
+    one = layer_activations(model, tokens, element, layout.tp, layout.sequence_parallel)
+
+    def each(layer: float, first: float = 0.0, last: float = 0.0) -> list[float]:
+        return [layer + first * (stage == 0) + last * (stage == stages - 1) for stage in range(stages)]
+
+    return Costs.of(
+        stages,
+        forward=each(matrices + scores, first=look_up, last=head),
+        input=each(matrices + 2 * scores, last=head),
+        weights=each(matrices, first=add_up, last=head),
+        message=element * stream,
+        kept=each(layers * one, first=8 * tokens),
+        latency=rates.latency,
+        bandwidth=rates.link,
+    )

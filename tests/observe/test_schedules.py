@@ -1,0 +1,90 @@
+"""`megapre schedule`: what it prints and writes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megapre import cli
+from megapre.schedule import build, read
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["megapre", "schedule", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+def test_show_draws_and_writes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    files = [f"--{what}={tmp_path}/s.{what}" for what in ("png", "trace", "save")]
+    assert run(monkeypatch, "show", "interleaved", "--ranks", "2", "--micro-batches", "4", *files) == 0
+    shown = capsys.readouterr().out
+    assert "bubble 12.5%" in shown and "\nrank 0  F" in shown and "\x1b" not in shown
+    assert read(tmp_path / "s.save") == build("interleaved", 2, 2, 4)
+    assert all((tmp_path / f"s.{what}").stat().st_size > 500 for what in ("png", "trace"))
+
+
+def test_check_of_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("chunks: 1\nmicro-batches: 2\nrank 0: F0.0 F1.0 B0.0 B1.0\nrank 1: F0.0 B0.0 F1.0 B1.0\n")
+    assert run(monkeypatch, "check", str(path)) == 0
+    assert "mine: 8 actions of 2 ranks, 1 chunks and 2 micro-batches are complete" in capsys.readouterr().out
+    assert run(monkeypatch, "check", str(path), "--in-flight", "1") == 1
+    assert "rank 0 holds 2 activations after action 1 (F1.0), more than 1" in capsys.readouterr().out
+    path.write_text(path.read_text().replace("F1.0 B1.0\n", "B1.0\n"))
+    assert run(monkeypatch, "check", str(path)) == 1
+    assert capsys.readouterr().out == "rank 1: F1.0 is missing\n"
+    assert run(monkeypatch, "show", str(path)) == 2
+    assert "schedule 'mine' cannot run:\n  - rank 1: F1.0 is missing" in capsys.readouterr().err
+
+
+def test_compare_names_the_best(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "compare", "--ranks", "8", "--micro-batches", "32", "--chunks", "2,4") == 0
+    shown = capsys.readouterr().out
+    assert "zbv *" in shown and shown.endswith("best: zbv\n")
+    assert run(monkeypatch, "compare", "--in-flight", "1") == 1
+    assert "no schedule is within 1 micro-batches in flight" in capsys.readouterr().out
+
+
+def test_compare_of_a_recipe_weighs_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--world", "512", "--micro-batches", "16"]
+    assert run(monkeypatch, "compare", "llama3-70b", *sizes) == 0
+    shown = capsys.readouterr().out
+    assert "tp 8, pp 4, cp 1, dp 16; 16 micro-batches of 1 x 8,192 tokens" in shown and "memory GiB" in shown
+    assert run(monkeypatch, "compare", "llama3-70b", *sizes, "--memory", "36") == 0
+    assert "best within 36 GiB a rank: 1f1b" in capsys.readouterr().out
+    assert run(monkeypatch, "compare", "llama3-70b", "layout.pp=8", *sizes, "--chunks", "3") == 0
+    assert "80 layers % (8 * 3) = 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "1f1c"], "no schedule '1f1c'; did you mean '1f1b'?"),
+        (["show", "zbv", "--times", "1,2"], "--times '1,2': three numbers, of F, I and W"),
+        (["check", "nowhere.txt"], "nowhere.txt: No such file"),
+        (["compare", "llama3-8b"], "layout.pp = 1 is no pipeline"),
+        (["compare", "--chunks", "two"], "--chunks 'two': whole numbers"),
+        (["compare", "--memory", "70"], "--memory needs a RECIPE"),
+        (["compare", "llama3-70b", "--gpu", "abacus"], "no peaks are known of --gpu 'abacus'; known are NVIDIA A100"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_torch_is_needed() -> None:
+    script = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['megapre', 'schedule', 'show', '1f1b']; "
+        "from megapre import cli; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and "bubble 37.5%" in done.stdout, done.stderr
