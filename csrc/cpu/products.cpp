@@ -2,8 +2,11 @@
 
 #include "products.h"
 
+#include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/Exception.h>
+
+#include <exception>
 
 namespace megapre::cpu {
 namespace {
@@ -23,25 +26,44 @@ void release() {
   at::native::cpublas::brgemm_release();
 }
 
+// Torch may have been built without oneDNN's micro-kernels, and ONEDNN_MAX_CPU_ISA may forbid them what the CPU can do:
+// then brgemm raises.
 template <typename T>
-Products brgemm_products() {
-  Products form = MEGAPRE_CHOOSE(product_kernels).brgemm;
-  form.multiply = brgemm<T>;
-  form.release = release;
-  return form;
+bool brgemm_runs() {
+  constexpr int64_t n = 16;
+  const T zeros[n * n] = {};
+  float c[n * n];
+  try {
+    brgemm<T>(n, n, n, zeros, n, zeros, c, n, /*accumulate=*/false);
+  } catch (const std::exception&) {
+    return false;
+  }
+  release();
+  return true;
+}
+
+template <typename T>
+const Products* brgemm_products() {
+  static const bool runs = brgemm_runs<T>();
+  static const Products form = [] {
+    Products products = MEGAPRE_CHOOSE(product_kernels).brgemm;
+    products.multiply = brgemm<T>;
+    products.release = release;
+    return products;
+  }();
+  return runs ? &form : nullptr;
 }
 
 const Products* own_products(c10::ScalarType dtype) {
-  static const bool avx512 = level() == Level::AVX512;
-  static const bool bf16 = avx512 && (__builtin_cpu_supports("avx512bf16") || __builtin_cpu_supports("amx-bf16"));
-  static const bool fp16 = avx512 && __builtin_cpu_supports("avx512fp16");
-  if (dtype == c10::kBFloat16 && bf16) {
-    static const Products form = brgemm_products<c10::BFloat16>();
-    return &form;
+  if (level() != Level::AVX512 || !at::globalContext().userEnabledMkldnn()) {
+    return nullptr;
   }
-  if (dtype == c10::kHalf && fp16) {
-    static const Products form = brgemm_products<c10::Half>();
-    return &form;
+  // A CPU with AMX has avx512bf16 too; attention converts by it.
+  if (dtype == c10::kBFloat16 && __builtin_cpu_supports("avx512bf16")) {
+    return brgemm_products<c10::BFloat16>();
+  }
+  if (dtype == c10::kHalf && __builtin_cpu_supports("avx512fp16")) {
+    return brgemm_products<c10::Half>();
   }
   return nullptr;
 }

@@ -1,5 +1,8 @@
 """The C++ products of a linear layer, one by one: the 2x rule against fp64, layouts, empty, poison, bits, errors."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -136,6 +139,28 @@ def test_one_bad_row_stays_alone(ops: Any) -> None:
         ops.linear_(y, x, weight, None)
         assert y[2].isnan().all() and not y[4].isfinite().any()
         assert torch.equal(y[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+def test_serves_where_onednn_is_turned_off(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not ops.has_products_of(torch.bfloat16)
+    compare(ops, 130, 66, 70, True, torch.bfloat16)
+    monkeypatch.undo()
+    compare(ops, 130, 66, 70, True, torch.bfloat16)
+
+
+def test_serves_where_onednn_may_not_use_what_the_cpu_has(ops: Any) -> None:
+    program = """
+import torch
+from megapre.kernels import library
+library.register()
+x, weight = torch.randn(130, 64).bfloat16(), torch.randn(70, 64).bfloat16()
+y = torch.empty(130, 70, dtype=torch.bfloat16)
+torch.ops.megapre.linear_(y, x, weight, None)
+torch.testing.assert_close(y, x @ weight.T)
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def test_errors_have_numbers(ops: Any) -> None:
