@@ -34,15 +34,17 @@ double number(const char* op, const char* name, const at::Tensor& t) {
   return t.item().toDouble();
 }
 
-// Flat memory to update: the tensor's own, or where that has gaps a copy that `put_back` writes back.
+// Flat memory to update: the tensor's own, or where that has gaps a copy, which `finish` writes back.
 struct InPlace {
   const at::Tensor& target;
   at::Tensor flat;
 
   explicit InPlace(const at::Tensor& t) : target(t), flat(t.contiguous()) {}
 
-  void put_back() const {
-    if (!flat.is_same(target)) {
+  void finish() const {
+    if (flat.is_same(target)) {
+      raise_version(target);
+    } else {
       target.copy_(flat);
     }
   }
@@ -136,11 +138,11 @@ void run(
   at::parallel_for(0, at::divup(count, kAdamWCut), grain(kAdamWCut), [&](int64_t begin, int64_t end) {
     update(op, begin * kAdamWCut, std::min(count, end * kAdamWCut));
   });
-  master_flat.put_back();
-  avg_flat.put_back();
-  sq_flat.put_back();
+  master_flat.finish();
+  avg_flat.finish();
+  sq_flat.finish();
   if (param) {
-    param_flat->put_back();
+    param_flat->finish();
   }
 }
 

@@ -146,6 +146,7 @@ at::Tensor cross_entropy_(
   if (dlosses_in.has_value()) {
     dlosses = checked_per_row(*dlosses_in, logits, "dlosses");
   }
+  raise_version(logits);
   const int64_t rows = logits.size(0);
   at::Tensor losses = per_row(logits);
   const CrossEntropyRows op{
@@ -223,6 +224,7 @@ void cross_entropy_local_backward_(
   if (dlosses_in.has_value()) {
     dlosses = checked_per_row(*dlosses_in, logits, "dlosses");
   }
+  raise_version(logits);
   const CrossEntropyRows op{
       .dtype = logits.scalar_type(),
       .vocab = vocab,

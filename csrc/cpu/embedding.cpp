@@ -42,6 +42,7 @@ void embedding_gradient_(at::Tensor& total, const at::Tensor& dy, const at::Tens
         id[t] >= 0 && id[t] < total.size(0), op, ": id ", id[t], " of token ", t, " lies outside [0, ", total.size(0),
         ")");
   }
+  raise_version(total);
   if (!accumulate) {
     total.zero_();
   }

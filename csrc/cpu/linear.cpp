@@ -62,6 +62,7 @@ void check_out(const char* op, const at::Tensor& out, const char* name, int64_t 
 // out [m, n] = a [m, k] B [k, n] + bias, B given as `b` or, `transposed`, as its transpose.
 void multiply(
     const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool transposed, const at::Tensor& bias) {
+  raise_version(out);
   const int64_t m = out.size(0), n = out.size(1), k = a.size(1);
   if (k == 0) {  // an empty sum, which no product writes
     out.zero_();
@@ -193,6 +194,10 @@ void linear_weight_gradient_(
       accumulate ? dbias->add_(sums) : dbias->copy_(sums);
     }
     return;
+  }
+  raise_version(dweight);
+  if (dbias.has_value()) {
+    raise_version(*dbias);
   }
   if (rows == 0) {
     if (!accumulate) {

@@ -169,6 +169,7 @@ void rope_(
       "rope_: qkv has strides ", qkv.strides(), "; to be rotated in place, the ", qkv.size(3),
       " elements of a head must be neighbours and heads must not overlap");
   const Places places(qkv, cos, sin, positions, cu_seqlens);
+  raise_version(qkv);
   const at::Tensor rotated = qkv.narrow(2, 0, heads);
   run(qkv, places, interleaved, /*inverse=*/false, {part(rotated, rotated, true)});
 }

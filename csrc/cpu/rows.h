@@ -24,6 +24,12 @@ inline at::Tensor to_acc(const at::Tensor& vector, const at::Tensor& x) {
   return vector.to(acc_dtype(x.scalar_type())).contiguous();
 }
 
+// For each tensor that an op writes into, after its checks. Autograd compares versions to notice that a tensor which it
+// saved for a backward has been overwritten.
+inline void raise_version(const at::Tensor& t) {
+  t.unsafeGetTensorImpl()->bump_version();
+}
+
 // `stride` elements lie between the starts of two rows; elements of a row are neighbours.
 struct Rows {
   at::Tensor holder;

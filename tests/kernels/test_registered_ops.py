@@ -97,6 +97,12 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
             (torch.zeros(5, 8, device=device), sums, leaf(3, 5).detach(), leaf(3, 8).detach(), True)
             for sums in (None, torch.zeros(5, device=device))
         ],
+        "embedding": [(target.clamp(0), leaf(9, 12))],
+        "embedding_backward": [(leaf(5, 12).detach(), target.clamp(0), 9)],
+        "embedding_gradient_": [
+            (torch.ones(9, 12, device=device), leaf(5, 12).detach(), target.clamp(0), accumulate)
+            for accumulate in (True, False)
+        ],
         "cross_entropy": [(leaf(5, 11), target, *SETTINGS), (leaf(11, 5).T, target, *SETTINGS)],
         "cross_entropy_backward": [
             (
@@ -177,6 +183,23 @@ def test_opcheck(device: str, name: str, dtype: torch.dtype) -> None:
     kernels.choose(device)
     for arguments in registered(device, dtype)[name]:
         torch.library.opcheck(getattr(torch.ops.megapre, name), arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in registered("cpu", torch.float32) if name.endswith("_")])
+def test_what_is_written_gets_a_new_version(device: str, name: str, dtype: torch.dtype) -> None:
+    """By it autograd notices a tensor that was saved for a backward and overwritten since."""
+    kernels.choose(device)
+    op = getattr(torch.ops.megapre, name).default
+    for arguments in registered(device, dtype)[name]:
+        written = {
+            argument.name: tensor
+            for argument, tensor in zip(op._schema.arguments, arguments, strict=True)
+            if argument.is_write and tensor is not None
+        }
+        before = {argument: tensor._version for argument, tensor in written.items()}
+        op(*arguments)
+        assert [argument for argument, tensor in written.items() if tensor._version == before[argument]] == []
 
 
 Call = Callable[[Any], Any]
