@@ -3,7 +3,8 @@
     flops, moved = cost("rms_norm", {"T": 8192, "H": 4096}, "bf16")
 
 Sizes are named by the legend: B batch, S sequence length (Sq queries, Sk keys where they differ), T tokens, H hidden,
-N query heads, K key heads, D head dim, F ffn width, V vocab, I and O the widths of a linear layer, P parameters.
+N query heads, K key heads, D head dim, F ffn width, V vocab, I and O the widths of a linear layer, P parameters,
+R ranks.
 
 FLOPs count a multiplication, an addition, and an exp, tanh, sqrt or division as one each. Bytes are the floor of a
 perfect kernel: every input read once, every output written once. `op` is a name of the registry, or that with
@@ -125,6 +126,12 @@ def _linear_cross_entropy_backward(shape: Shape, size: int) -> tuple[int, int]:
     return rows * vocab * (4 * hidden + 4), (2 * rows * hidden + vocab * hidden) * size + 4 * vocab * hidden
 
 
+def _vocab_parallel_linear_cross_entropy(shape: Shape, size: int) -> tuple[int, int]:
+    # One rank's work: V counts the rows of its shard. The 3 fp32 statistics of a row go out, and "R" ranks' come in.
+    flops, moved = _linear_cross_entropy(shape, size)
+    return flops, moved + 12 * shape["T"] * (1 + shape.get("R", 1))
+
+
 def _adamw(shape: Shape, size: int) -> tuple[int, int]:
     # Gradient in, master and two moments in and out in fp32, and the parameter out where it is not the master.
     # shape["grad_bytes"] is the gradient's size an element where it is not the dtype's.
@@ -165,6 +172,8 @@ ENTRIES: dict[str, Entry] = {
     "cross_entropy_backward": _rows(4, "V", passes=2, fp32_per_row=2),
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_cross_entropy_backward": _linear_cross_entropy_backward,
+    "vocab_parallel_linear_cross_entropy": _vocab_parallel_linear_cross_entropy,
+    "vocab_parallel_linear_cross_entropy_backward": _linear_cross_entropy_backward,
     "attention": _attention(2, q_passes=2, k_passes=2),
     "attention_backward": _attention(5, q_passes=4, k_passes=4),
     "adamw_": _adamw,

@@ -15,9 +15,12 @@ Floor    products: 6 T V H / product rate.
 Measured bf16 T 2048, H 768, V 50304, all gradients: 2.72 s; the three products alone 2.33 s; F.linear and
          F.cross_entropy on its fp32 copy 3.73 s. Chunks of 512, 1,024 and 2,048 rows: 2.72, 2.75, 2.81 s.
          AMD EPYC (Zen 4, AVX-512 bf16), one thread, CPU time, torch 2.13, 2026-11-20.
+
+Weights whose rows lie in shards: vocab_parallel_linear_cross_entropy.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +34,7 @@ from .precision import wide
 
 # Logits that exist at a time: 2^25 are 64 MiB in bf16, or 667 rows of GPT-2's vocabulary.
 MAX_LOGITS = {"cpu": 2**25, "cuda": 2**29}
+LEAST_ROWS = 256
 
 
 def reference(
@@ -49,7 +53,7 @@ def reference(
     make gradients in the forward; it changes no result. ValueError as `cross_entropy.reference`, and when x and weight
     differ in width.
     """
-    _check(x_TH, weight_VH, labels_T, vocab)
+    check_shapes(x_TH, weight_VH, labels_T, vocab)
     with torch.autocast(x_TH.device.type, enabled=False):
         logits = x_TH.to(wide(x_TH.dtype)) @ weight_VH.to(wide(x_TH.dtype)).T
     return cross_entropy(logits, labels_T, ignore_index, label_smoothing, z_loss, vocab).sum()
@@ -70,7 +74,7 @@ def chunked(
     The weight is taken in the dtype of x (autocast). Gradients are computed only for inputs that require them. Where
     `upstream` is given and the weight has a sink (gradient_sink.py), dW goes straight into it, during the forward.
     """
-    vocab = _check(x_TH, weight_VH, labels_T, vocab)
+    vocab = check_shapes(x_TH, weight_VH, labels_T, vocab)
     weight = weight_VH.to(x_TH.dtype)
     needs = torch.is_grad_enabled()
     settings = (ignore_index, label_smoothing, z_loss, vocab, MAX_LOGITS[x_TH.device.type])
@@ -82,7 +86,8 @@ def chunked(
     return loss  # type: ignore[no-any-return]
 
 
-def _check(x_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, vocab: int | None) -> int:
+def check_shapes(x_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, vocab: int | None) -> int:
+    """The number of rows of weight that exist. ValueError as `reference`."""
     if x_TH.dim() != 2 or weight_VH.dim() != 2 or x_TH.shape[1] != weight_VH.shape[1]:
         raise ValueError(
             f"linear_cross_entropy: need x [T, H] and weight [V, H]; they are {tuple(x_TH.shape)} and "
@@ -92,11 +97,11 @@ def _check(x_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, vocab: int | None)
 
 
 def chunk_rows(rows: int, columns: int, max_logits: int) -> int:
-    """Rows of a chunk: as few and as equal chunks as max_logits allows, but no fewer than 256 rows in a chunk.
+    """Rows of a chunk: as few and as equal chunks as max_logits allows, but no fewer than LEAST_ROWS in a chunk.
 
     Below that the products run at a lower rate, and dW is read and written more often than the logits themselves.
     """
-    most = max(max_logits // columns, 256)
+    most = max(max_logits // columns, LEAST_ROWS)
     chunks = max(-(-rows // most), 1)
     return -(-rows // chunks)
 
@@ -116,10 +121,11 @@ def _forward(
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    settings = (ignore_index, label_smoothing, z_loss, vocab)
     dx = x.new_empty(x.shape) if need_dx else None
     dweight = x.new_empty(weight.shape, dtype=wide(x.dtype)) if need_dweight else None
-    loss = _chunks(x, weight, labels, None, settings, max_logits, dx, dweight, False)
+    check_labels(labels, ignore_index, vocab)
+    of_chunk = partial(_of_whole_rows, (ignore_index, label_smoothing, z_loss, vocab))
+    loss = in_chunks(x, weight, labels, None, of_chunk, max_logits, dx, dweight, False).sum()
     return loss, x.new_empty(0) if dx is None else dx, loss.new_empty(0) if dweight is None else dweight
 
 
@@ -137,48 +143,58 @@ def _forward_into_(
     max_logits: int,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor]:
-    settings = (ignore_index, label_smoothing, z_loss, vocab)
     dx = x.new_empty(x.shape) if need_dx else None
-    loss = _chunks(x, weight, labels, upstream, settings, max_logits, dx, dweight, accumulate)
+    check_labels(labels, ignore_index, vocab)
+    of_chunk = partial(_of_whole_rows, (ignore_index, label_smoothing, z_loss, vocab))
+    loss = in_chunks(x, weight, labels, upstream, of_chunk, max_logits, dx, dweight, accumulate).sum()
     return loss, x.new_empty(0) if dx is None else dx
 
 
-def _chunks(
+CrossEntropy = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
+"""Of a chunk: (logits, labels, dlosses, whether a gradient is wanted) -> the losses of its rows. Where it is wanted the
+logits become it, times dlosses where there are some."""
+
+
+def _of_whole_rows(
+    settings: tuple[int, float, float, int], logits: Tensor, labels: Tensor, dlosses: Tensor | None, gradient: bool
+) -> Tensor:
+    if gradient:
+        return torch.ops.megapre.cross_entropy_(logits, labels, dlosses, *settings)  # type: ignore[no-any-return]
+    return torch.ops.megapre.cross_entropy(logits, labels, *settings)[0]  # type: ignore[no-any-return]
+
+
+def in_chunks(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
     upstream: Tensor | None,
-    settings: tuple[int, float, float, int],
+    cross_entropy: CrossEntropy,
     max_logits: int,
     dx: Tensor | None,
     dweight: Tensor | None,
     accumulate: bool,
 ) -> Tensor:
-    """The loss, 0-dim; writes dx and dweight (adds to it where `accumulate`). `upstream` None means one."""
-    ignore_index, _, _, vocab = settings
-    check_labels(labels, ignore_index, vocab)
-    loss = x.new_zeros((), dtype=wide(x.dtype))
+    """The losses [T]; writes dx and dweight (adds to it where `accumulate`). `upstream` None means one."""
+    losses = x.new_empty(x.shape[0], dtype=wide(x.dtype))
     rows = chunk_rows(x.shape[0], weight.shape[0], max_logits)
     if rows == 0 and dweight is not None and not accumulate:
         dweight.zero_()
     logits = x.new_empty(rows, weight.shape[0])
-    scale = None if upstream is None else upstream.to(loss.dtype).expand(rows).contiguous()
+    scale = None if upstream is None else upstream.to(losses.dtype).expand(rows).contiguous()
+    gradient = dx is not None or dweight is not None
     ops = torch.ops.megapre
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, x.shape[0], rows or 1):
             chunk = slice(start, min(start + rows, x.shape[0]))
             dlogits = logits[: chunk.stop - chunk.start]
             ops.linear_(dlogits, x[chunk], weight, None)
-            if dx is None and dweight is None:
-                loss += ops.cross_entropy(dlogits, labels[chunk], *settings)[0].sum()
-                continue
             dlosses = None if scale is None else scale[: len(dlogits)]
-            loss += ops.cross_entropy_(dlogits, labels[chunk], dlosses, *settings).sum()
+            losses[chunk] = cross_entropy(dlogits, labels[chunk], dlosses, gradient)
             if dx is not None:
                 ops.linear_input_gradient_(dx[chunk], dlogits, weight)
             if dweight is not None:
                 ops.linear_weight_gradient_(dweight, None, dlogits, x[chunk], accumulate or start > 0)
-    return loss
+    return losses
 
 
 class _IntoSink(torch.autograd.Function):
@@ -196,11 +212,11 @@ class _IntoSink(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dx, upstream = ctx.saved_tensors
-        _check_promise(dloss, upstream)
+        check_promise(dloss, upstream)
         return dx if ctx.needs_input_grad[0] else None, *(None,) * 8
 
 
-def _check_promise(dloss: Tensor, upstream: Tensor) -> None:
+def check_promise(dloss: Tensor, upstream: Tensor) -> None:
     """ValueError when the backward brings another gradient than was promised.
 
     `loss.backward(upstream)` brings that very tensor. Another one is looked at on the CPU only, where it costs no wait.

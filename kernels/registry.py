@@ -26,6 +26,7 @@ from . import (
     rms_norm,
     rope,
     swiglu,
+    vocab_parallel_linear_cross_entropy,
 )
 from .triton import ops as triton
 
@@ -111,6 +112,8 @@ IMPLEMENTATIONS = (
     Implementation("linear_cross_entropy", "triton", triton.linear_cross_entropy, triton.why_not),
     Implementation("linear_cross_entropy", "chunked", linear_cross_entropy.chunked),
     Implementation("linear_cross_entropy", "reference", linear_cross_entropy.reference),
+    Implementation("vocab_parallel_linear_cross_entropy", "chunked", vocab_parallel_linear_cross_entropy.chunked),
+    Implementation("vocab_parallel_linear_cross_entropy", "reference", vocab_parallel_linear_cross_entropy.reference),
     Implementation("attention", "native", attention.native, _needs_native("attention", "attention_backward")),
     Implementation("attention", "sdpa_or_triton", triton.attention_by_mask, triton.why_not),
     Implementation("attention", "sdpa", attention.sdpa),
@@ -143,6 +146,7 @@ class Kernels:
     geglu: Op
     cross_entropy: Op
     linear_cross_entropy: Op
+    vocab_parallel_linear_cross_entropy: Op
     attention: Op
     adamw_: Op
     adamw_stochastic_: Op

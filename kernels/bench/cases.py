@@ -33,8 +33,8 @@ Wrap = Callable[[Function], Function]
 Sizes = Mapping[str, int]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-PEERS = ("torch", "compile", "fused_fp32", "cudnn", "flash", "efficient", "flex", "liger")
-"""Providers that are not this package's own, whatever op they serve."""
+PEERS = ("torch", "compile", "fused_fp32", "cudnn", "flash", "efficient", "flex", "liger", "unsharded")
+"""Providers that are not implementations of the op, whatever op they serve."""
 
 EPS, IGNORE = 1e-6, -100
 MODES = ("forward", "backward", "full", "step")
@@ -429,6 +429,25 @@ def linear_cross_entropy(sizes: Sizes, dtype: str, device: str) -> Case:
     )  # fmt: skip
 
 
+def vocab_parallel_linear_cross_entropy(sizes: Sizes, dtype: str, device: str) -> Case:
+    """One shard that holds all of V, to be compared with `unsharded`: linear_cross_entropy as it is in use."""
+    whole = linear_cross_entropy(sizes, dtype, device)
+    vocab = whole.sizes["V"]
+    labels = torch.randint(0, vocab, (whole.sizes["T"],), device=device)
+
+    def adapt(function: Function) -> Function:
+        return lambda x, weight: function(x, weight, labels, lambda stats: stats.unsqueeze(0), 0, vocab)
+
+    unsharded = registry.choose(device, None, DTYPES[dtype]).linear_cross_entropy
+    peers: dict[str, Function] = {"unsharded": lambda x, weight: unsharded(x, weight, labels)}
+    work = _twice("vocab_parallel_linear_cross_entropy", whole.sizes, dtype)
+    del work["backward"]
+    return Case(
+        "vocab_parallel_linear_cross_entropy", whole.sizes, dtype, device, "product", work, adapt, None, whole.leaves,
+        whole.upstream, peers,
+    )  # fmt: skip
+
+
 def linear(sizes: Sizes, dtype: str, device: str) -> Case:
     sizes = _take(sizes, "T", "I", "O", bias=0)
     rows, ins, outs = sizes["T"], sizes["I"], sizes["O"]
@@ -636,6 +655,7 @@ BUILDERS: dict[str, Callable[[Sizes, str, str], Case]] = {
     "cross_entropy": cross_entropy,
     "cross_entropy_": cross_entropy_,
     "linear_cross_entropy": linear_cross_entropy,
+    "vocab_parallel_linear_cross_entropy": vocab_parallel_linear_cross_entropy,
     "attention": attention,
     "adamw_": adamw_,
     "adamw_stochastic_": adamw_stochastic_,
@@ -654,6 +674,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("T", "V"),
     "cross_entropy_": ("T", "V"),
     "linear_cross_entropy": ("T", "H", "V"),
+    "vocab_parallel_linear_cross_entropy": ("T", "H", "V"),
     "attention": ("B", "S", "N", "D"),
     "adamw_": ("P",),
     "adamw_stochastic_": ("P",),

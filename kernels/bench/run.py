@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config as functorch
 from torch import Tensor
 
 from .. import registry
@@ -191,7 +192,7 @@ def prepared(case: Case, function: Callable[..., Any], modes: Collection[str]) -
     keep = "backward" in modes
     upstream = [given.to(out.dtype) for given, out in zip(case.upstream, outputs, strict=True)]
     # A compiled backward reuses what was kept for it, unless told that the graph will be needed again.
-    with torch._functorch.config.patch(donated_buffer=False):
+    with functorch.patch(donated_buffer=False):
         grads = torch.autograd.grad(outputs, leaves, upstream, retain_graph=keep)
     if keep:
         works["backward"] = lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)

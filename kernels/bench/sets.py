@@ -22,6 +22,11 @@ TARGETS = (
     Entry("layer_norm", {"T": 4096, "H": 2048}, goals={"forward": ("torch", 1.2), "backward": ("torch", 2.0)}),
     Entry("cross_entropy_", {"T": 1024, "V": 50304, "pad": 47}, goals={"step": ("torch", 5.0)}),
     Entry("linear_cross_entropy", {"T": 2048, "H": 768, "V": 50304}, goals={"full": ("torch", 1.8)}),
+    Entry(
+        "vocab_parallel_linear_cross_entropy",
+        {"T": 2048, "H": 768, "V": 50304},
+        goals={"full": ("unsharded", 0.97)},
+    ),
     Entry("adamw_", {"P": 55_000_000}, goals={"step": ("fused_fp32", 1.0)}),
     Entry("swiglu", {"T": 2048, "F": 2816}, goals={"forward": ("torch", 6.0), "backward": ("torch", 6.0)}),
     Entry("rope", {"T": 2048, "N": 16, "K": 16, "D": 128}, goals={"forward": ("torch", 15.0)}),

@@ -242,6 +242,12 @@ def calls(device: str) -> dict[str, list[tuple[Call, list[tuple[int, ...]]]]]:
         "geglu": [(lambda op: lambda x: op(x), [(3, 8)])],
         "cross_entropy": [(lambda op: lambda x: op(x, target, *SETTINGS), [(5, 11)])],
         "linear_cross_entropy": [(lambda op: lambda x, w: op(x, w, target, *SETTINGS), [(5, 6), (11, 6)])],
+        "vocab_parallel_linear_cross_entropy": [
+            (
+                lambda op: lambda x, w: op(x, w, target, lambda stats: stats.unsqueeze(0), 0, 9, -100, 0.1, 1e-3),
+                [(5, 6), (11, 6)],
+            )
+        ],
         "attention": [
             (lambda op: lambda q, k, v: op(q, k, v), qkv),
             (lambda op: lambda q, k, v: op(q, k, v, window=2), qkv),
