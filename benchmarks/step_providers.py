@@ -27,6 +27,7 @@ from megapre.train.step import Engine
 
 Task = dict[str, Any]
 LR = 3e-4
+BF16_ALONE = {"master": "none", "moments": "bf16", "grad_dtype": "bf16"}
 HF_CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
 
 
@@ -45,7 +46,10 @@ def config(task: Task) -> Config:
             "name": task["case"],
             "model": {**task["shape"], "context": task["length"], "tied": True},
             "batch": {"micro": task["sequences"], "global": task["sequences"], "seq_length": task["length"]},
-            "optim": {"lr": LR, "clip": 1.0, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
+            "optim": {
+                **{"lr": LR, "clip": 1.0, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
+                **(BF16_ALONE if task["provider"] == "megapre-bf16" else {}),
+            },
             "run": {
                 "steps": 1000,
                 "dtype": "bf16",
