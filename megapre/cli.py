@@ -73,6 +73,31 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool, print_config: b
     return loop.run(cfg, resume=resume)
 
 
+@cli.group()
+def launch() -> None:
+    """Train with several ranks."""
+
+
+@launch.command("local", cls=WithKnobs)
+@RECIPE
+@OVERRIDES
+@click.option("--nproc", default=0, type=click.IntRange(0), help="Ranks.  [default: as many as the layout needs]")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run folder.")
+@click.option("--grace", default=300.0, show_default=True, type=click.FloatRange(0), help="Seconds to save and end in.")
+def launch_local(recipe: str, overrides: tuple[str, ...], nproc: int, resume: bool, grace: float) -> int:
+    """Train by a recipe with several ranks on this machine.
+
+    Starts `megapre train` for each rank, as torchrun would, shows what the ranks say line by line, and ends them
+    together: upon Ctrl-C or SIGTERM, which all of them get, or when the first of them has failed.
+    """
+    from .config import load
+
+    cfg = load(recipe, overrides)
+    from .launch import local
+
+    return local.run(cfg, recipe, overrides, nproc, resume=resume, grace=grace)
+
+
 @cli.command()
 @INPUTS
 @click.option("--tokenizer", required=True, type=click.Path(), help="tokenizer.json or .model.")

@@ -8,11 +8,12 @@ that grid. A Mesh is a value: it needs no process group, so layouts for 16,384 G
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from .config import Layout
 from .errors import UserError
 
 AXES = ("pp", "dp", "cp", "tp")
@@ -56,6 +57,18 @@ class Mesh:
                 f"{self.tp}*{self.pp}*{self.cp} = {replica} ranks ({self.world} % {replica} = {self.world % replica}); "
                 f"nearest: world {nearest}"
             )
+
+    @classmethod
+    def of(cls, layout: Layout, world: int) -> Self:
+        """The mesh of `layout` on `world` ranks. Raises MeshError where they do not fit, dp included."""
+        mesh = cls(world, tp=layout.tp, pp=layout.pp, cp=layout.cp)
+        if layout.dp not in (0, mesh.dp):
+            raise MeshError(
+                f"layout: tp*pp*cp*dp = {layout.tp}*{layout.pp}*{layout.cp}*{layout.dp} = "
+                f"{layout.model_parallel * layout.dp} ranks, but there are {world}; nearest: "
+                f"{layout.model_parallel * layout.dp} ranks, dp {mesh.dp}, or dp 0 (as many as there are)"
+            )
+        return mesh
 
     @property
     def dp(self) -> int:

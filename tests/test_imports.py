@@ -10,7 +10,7 @@ import pytest
 
 import megapre
 
-NO_TORCH = ("cli", "config", "errors", "mesh", "observe", "plan", "recipes", "schedule")
+NO_TORCH = ("cli", "config", "errors", "launch", "mesh", "observe", "plan", "recipes", "schedule")
 """Rooms that start without torch; `kernels.cost` is pure Python too, in a package that is lazy."""
 
 

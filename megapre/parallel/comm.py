@@ -160,7 +160,9 @@ def join(here: Place, device: torch.device, timeout: float = TIMEOUT) -> None:
 
 
 def leave() -> None:
-    """Gives up all groups. To be called by all ranks, after a run that went well."""
+    """Gives up all groups, after a run that went well. To be called when nothing refers to its `Groups` any more: the
+    threads of a gloo group end when the group is freed, and one that lives at the end of the interpreter may abort it.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

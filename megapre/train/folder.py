@@ -8,6 +8,7 @@
         tokenizer.json       copy of the tokenizer (or tokenizer.model), with its tokenizer_config.json if there is one
         checkpoints/         step_00000100/ ...
         logs/rank0.log       what was printed
+        logs/rank0.out       all that the rank wrote to its terminal, where a launcher has started it
         tensorboard/         events
         loss.png             the loss curve (written at the end)
 
@@ -21,6 +22,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
@@ -81,7 +83,8 @@ class RunFolder:
     def _refuse_used(self) -> bool:
         """Whether there is a run in the folder. Raises RunFolderError if so and it is not to be resumed."""
         path = self.path
-        used = path.exists() and (not path.is_dir() or any(p.name != ".lock" for p in path.iterdir()))
+        # A launcher's logs are there before the run is.
+        used = path.exists() and (not path.is_dir() or any(p.name not in (".lock", "logs") for p in path.iterdir()))
         if used and not self._resumed:
             raise RunFolderError(
                 f"run folder {path} exists already; continue that run with --resume, or choose another name=... or "
@@ -92,8 +95,21 @@ class RunFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         assert self._lock is not None, "left before it was entered"
         if self._new and not self.stepped:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self._remove()
         self._lock.close()
+
+    def _remove(self) -> None:
+        """All but the logs of a launcher, in which the user may look for the reason."""
+        for entry in self.path.iterdir():
+            if entry.name == "logs":
+                self.log.unlink(missing_ok=True)
+            elif entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            self.log.parent.rmdir()
+            self.path.rmdir()
 
     @property
     def checkpoints(self) -> Path:

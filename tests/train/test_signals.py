@@ -59,6 +59,27 @@ def test_the_first_signal_finishes_the_step_saves_and_exits(
     assert manifest is not None and manifest.step == read_metrics(tmp_path / "run")[-1]["step"] >= 3
 
 
+def test_a_launched_run_saves_and_resumes(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megapre.cli", "launch", "local", str(recipe(*ENDLESS))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(process, "[0] step      3/")
+    process.send_signal(signal.SIGHUP)  # the terminal is closed
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and "[0] stopped by SIGTERM after step" in out
+    assert "SIGHUP: passed on to all ranks" in err and "Traceback" not in err
+    manifest = checkpoint.newest_verified(tmp_path / "run" / "checkpoints")
+    assert manifest is not None and manifest.step >= 3
+    logs = tmp_path / "run" / "logs"
+    assert {line for line in (logs / "rank0.log").read_text().splitlines() if line.startswith("step")} <= set(
+        (logs / "rank0.out").read_text().splitlines()
+    )
+    process = subprocess.Popen([*command, "--resume"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(process, f"[0] step {manifest.step + 1:6}/")
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+
+
 def test_a_second_signal_ends_the_process_at_once(recipe: Callable[..., Path], tmp_path: Path) -> None:
     """The step under way takes minutes, so whatever ends the process in seconds did not wait for it."""
     process = start(recipe("run.steps=2", "batch.global=40000"))

@@ -1,0 +1,76 @@
+"""`megapre launch local`: what it starts, what it refuses beforehand, what it leaves."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import create_autospec
+
+import pytest
+
+from megapre.config import load
+from megapre.launch import local
+from megapre.mesh import Mesh, MeshError
+from megapre.train import cpu_runtime
+
+OVERRIDES = ("layout.tp=2", "layout.pp=2", "name=x", "run.dir=somewhere")
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> "object":
+    stand_in = create_autospec(local.launch, return_value=75)
+    monkeypatch.setattr(local, "launch", stand_in)
+    monkeypatch.setattr(cpu_runtime, "look", lambda: cpu_runtime.Cpus(16, 8, None))
+    for variable in (*cpu_runtime.THREADS, *cpu_runtime.PINNING):
+        monkeypatch.delenv(variable, raising=False)
+    return stand_in
+
+
+def called(launch: "object", *overrides: str, **options: object) -> tuple[list[str], int, Path, float, dict[str, str]]:
+    assert local.run(load("debug", overrides), "debug", overrides, **options) == 75  # type: ignore[arg-type]
+    return launch.call_args.args  # type: ignore[attr-defined]
+
+
+def test_every_rank_runs_the_training_of_the_recipe(launch: "object") -> None:
+    command, nproc, logs, grace, environment = called(launch, *OVERRIDES, resume=True, grace=7.0)
+    assert command == [sys.executable, "-m", "megapre", "train", "debug", *OVERRIDES, "--resume"]
+    assert (nproc, logs, grace) == (4, Path("somewhere/x/logs"), 7.0)  # as many as the layout needs
+    assert environment["PYTHONUNBUFFERED"] == "1" and environment["OMP_NUM_THREADS"] == "2"
+    assert "--resume" not in called(launch, *OVERRIDES, nproc=8)[0]
+    assert called(launch, *OVERRIDES, nproc=8)[1] == 8
+    assert called(launch, "layout.dp=2", "layout.tp=2")[1] == 4
+
+
+def test_who_has_chosen_threads_keeps_them(launch: "object", monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "OMP_NUM_THREADS" not in called(launch, *OVERRIDES, "run.threads=3")[4]
+    assert "OMP_NUM_THREADS" not in called(launch)[4]  # one rank has them all
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert called(launch, *OVERRIDES)[4]["OMP_NUM_THREADS"] == "5"
+
+
+def test_what_does_not_fit_is_told_before_anything_starts(launch: "object") -> None:
+    with pytest.raises(MeshError, match="a world of 6 ranks cannot be cut"):
+        called(launch, *OVERRIDES, nproc=6)
+    with pytest.raises(
+        MeshError, match=r"tp\*pp\*cp\*dp = 2\*1\*1\*2 = 4 ranks, but there are 8; nearest: 4 ranks, dp 4"
+    ):
+        called(launch, "layout.tp=2", "layout.dp=2", nproc=8)
+    with pytest.raises(ValueError, match="batch: global = 4 sequences cannot be cut"):
+        called(launch, "batch.global=4", "batch.micro=1", nproc=3)
+    launch.assert_not_called()  # type: ignore[attr-defined]
+
+
+def test_a_mesh_of_a_layout() -> None:
+    assert Mesh.of(load("debug", OVERRIDES).layout, 8) == Mesh(8, tp=2, pp=2)
+
+
+def test_a_run_that_cannot_begin_leaves_the_logs_alone_and_may_be_begun_again(tmp_path: Path) -> None:
+    begin = [sys.executable, "-m", "megapre", "launch", "local", "debug", f"run.dir={tmp_path}", "name=r"]
+    for attempt in (1, 2):
+        done = subprocess.run([*begin, "data.train=[]"], capture_output=True, text=True, env=os.environ, timeout=200)
+        assert done.returncode == 2
+        last = done.stderr.splitlines()
+        assert last[0].startswith("megapre: rank 0 ended with exit code 2; its last lines, all of them in")
+        assert last[-1].startswith("megapre: error: no data is named")
+        assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"r", "r/logs", "r/logs/rank0.out"}
+        assert (tmp_path / "r/logs/rank0.out").read_text().count("no data is named") == attempt
