@@ -194,12 +194,13 @@ def _table(rows: Sequence[Row], chosen: Row | None, unit: str) -> Table:
     names = ["chunks", f"step{' ' + unit if unit else ''}", "bubble", "in flight", "messages"]
     for name in [*names, *(["sent GiB", "memory GiB"] if with_bytes else [])]:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", ratio=1)
+    if any(row.refused for row in rows):
+        table.add_column("", ratio=1)
     for row in rows:
         style = "bold" if row is chosen else ""
         name = f"{row.name} *" if row is chosen else row.name
         if row.timeline is None:
-            table.add_row(name, str(row.chunks), *[""] * (len(table.columns) - 3), row.refused, style="dim")
+            table.add_row(name, str(row.chunks), *[""] * (len(names) - 1 + 2 * with_bytes), row.refused, style="dim")
             continue
         cells = [f"{row.timeline.makespan * scale:,.5g}", f"{row.timeline.bubble:.1%}", f"{row.in_flight:g}"]
         cells.append(f"{row.messages:,}")
