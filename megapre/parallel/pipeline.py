@@ -1,70 +1,316 @@
 """Carries out one rank's actions of a pipeline schedule.
 
-A schedule (megapre.schedule) says in which order a rank runs the forward (F) and backward (B) of each of its chunks for
-each micro-batch. The executor walks that order and hands tensors from chunk to chunk. It knows nothing of transformers,
-losses or optimizers: a chunk is anything with the two methods of `Chunk`.
+A schedule (megapre.schedule) says in which order each rank runs forward (F) and backward (B, or its halves I and W) of
+its chunks for each micro-batch. The executor walks its rank's order and hands tensors from chunk to chunk, over pipes
+(megapre.parallel.pipes) where the next stage is on another rank. It knows nothing of transformers, losses or
+optimizers: a chunk is anything with the methods of `Chunk`. With one rank every hand-over is local, and gradient
+accumulation needs no code of its own: it is the schedule of one rank with several micro-batches.
 
-With one rank every hand-over is local: what chunk c returns for a micro-batch is the input of chunk c + 1, and the
-gradient that chunk c + 1 returns is what chunk c's backward receives. The last chunk's output is the loss, so its
-backward receives None. Gradient accumulation needs no code of its own: it is the schedule of one rank with several
-micro-batches.
+When is a receive posted? Late ones leave the link idle. Early ones are worse: operations on one NCCL communicator run
+in the order of issue, and a receive whose message is far away stands before everything behind it. Here each direction
+between two ranks has a channel of its own, so that a receive can only stand before receives of the same peer, and
+these are posted in the order in which the peer sends, which its row of the schedule tells. The channel's next message
+is posted at most AHEAD actions before the one that takes it, and never a second one that the action at hand does not
+need: the kernel of a receive then waits for its message alone, not for an earlier receive, so that with a single
+hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1) too nothing holds up the sends behind it.
+
+Hence what `megapre.schedule.check` proves of first-in-first-out channels holds here, and a checked schedule cannot
+deadlock. A peer that is gone or stuck is another matter: each wait ends with an error that names rank, action and peer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+
+from megapre.schedule import Action, Schedule, checked
+from megapre.schedule.routes import routes
+
+from .pipes import PipelineError, Pipes, Receive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megapre.schedule import Action
+    from .trace import Trace
+
+AHEAD = 2
+"""Actions before which the receive of an action's input may be posted: of 1F1B, one forward and one backward."""
+ON_DEVICE = 8
+"""Actions that the host may be ahead of a CUDA device: enough to keep it fed, few enough to see a hang, and to bound
+the memory of outputs that have left but whose send the host has not yet seen done."""
 
 
 class Chunk(Protocol):
     """A consecutive piece of the model. It keeps what its own backward needs, by micro-batch."""
 
     def forward(self, micro_batch: int, x: Tensor | None) -> Tensor:
-        """Output of this chunk for `x`, which is None for the first chunk: that one fetches its micro-batch itself."""
+        """Output of this chunk for `x`, which is None for the first stage: that one fetches its micro-batch itself.
+
+        `x` is no leaf of a graph yet. The output of the last stage is the loss, which nobody but the chunk looks at.
+        The output is freed once it was sent if the chunk does not keep it (torch.autograd.graph.get_gradient_edge is
+        all that a backward needs of it). Under torch.no_grad the chunk should keep nothing: there is no backward.
+        """
         ...
 
     def backward(self, micro_batch: int, grad: Tensor | None) -> Tensor | None:
-        """Accumulates parameter gradients and returns the gradient of `x` (None from the first chunk).
+        """Accumulates parameter gradients and returns the gradient of `x` (None from the first stage).
 
-        `grad` is the gradient of this chunk's output, None for the last chunk, whose output is the loss.
+        `grad` is the gradient of this chunk's output, None for the last stage.
         """
         ...
 
 
+@runtime_checkable
+class SplitChunk(Chunk, Protocol):
+    """A chunk for schedules that split the backward. After forward either `backward` is called, or these two."""
+
+    def backward_input(self, micro_batch: int, grad: Tensor | None) -> Tensor | None:
+        """Returns the gradient of `x` as `backward` does, and leaves those of the weights for later."""
+        ...
+
+    def backward_weights(self, micro_batch: int) -> None:
+        """Accumulates the parameter gradients that `backward_input` left."""
+        ...
+
+
+class Message(NamedTuple):
+    """What goes to or comes from a peer, a rank of the pipeline: an event, as in megapre.schedule.routes."""
+
+    peer: int
+    event: int
+
+
+class Step(NamedTuple):
+    """An action with its hand-overs. Events that stay on the rank are handed over locally."""
+
+    action: Action
+    posts: tuple[Message, ...]
+    """Receives to post before."""
+    receives: Message | None
+    """The input, where it comes from a peer."""
+    takes: int | None
+    """The input, where it was made on this rank."""
+    sends: Message | None
+    """The output, where it goes to a peer."""
+    gives: int | None
+    """The output, where it stays on this rank."""
+
+
 class Executor:
-    """Runs `actions`, one rank's row of a schedule, over `chunks`, that rank's chunks in model order."""
+    """Runs one rank's row of `schedule` over `chunks`, that rank's chunks in model order.
 
-    def __init__(self, actions: Sequence[Action], chunks: Sequence[Chunk]) -> None:
-        self.actions = tuple(actions)
-        self.chunks = tuple(chunks)
-        named = {action.chunk for action in self.actions}
-        if not named <= set(range(len(self.chunks))):
-            raise ValueError(f"the schedule names chunks {sorted(named)}, this rank holds 0..{len(self.chunks) - 1}")
+    Which rank it is, and how to reach the others, say the pipes; a pipeline of one rank has none. With `evaluation` it
+    runs the forwards only, without gradients; an executor of its own, it shares chunks and pipes with that of training.
+    Raises ScheduleError for a schedule that cannot run, and ValueError where schedule, chunks and pipes do not fit.
+    """
 
-    def run(self) -> None:
-        """One step: every action once, in order."""
-        last = len(self.chunks) - 1
-        # What waits for its reader, by (chunk that will read it, micro-batch). Popped on use: freed as soon as
-        # possible.
-        inputs: dict[tuple[int, int], Tensor] = {}
-        grads: dict[tuple[int, int], Tensor] = {}
-        for kind, chunk, micro_batch in self.actions:
-            if kind == "F":
-                x = inputs.pop((chunk, micro_batch)) if chunk > 0 else None
-                y = self.chunks[chunk].forward(micro_batch, x)
-                if chunk < last:
-                    inputs[chunk + 1, micro_batch] = y
-            elif kind == "B":
-                grad = grads.pop((chunk, micro_batch)) if chunk < last else None
-                dx = self.chunks[chunk].backward(micro_batch, grad)
-                if chunk > 0:
-                    assert dx is not None, f"chunk {chunk} returned no gradient for the chunk before it"
-                    grads[chunk - 1, micro_batch] = dx
-            else:
-                raise ValueError(f"unknown action kind {kind!r}; this executor runs F and B")
-        assert not inputs and not grads, f"never consumed: inputs {sorted(inputs)}, gradients {sorted(grads)}"
+    def __init__(
+        self, schedule: Schedule, chunks: Sequence[Chunk], pipes: Pipes | None = None, evaluation: bool = False
+    ) -> None:
+        ranks, rank = (1, 0) if pipes is None else (pipes.ranks, pipes.rank)
+        if (schedule.ranks, schedule.chunks) != (ranks, len(chunks)):
+            raise ValueError(
+                f"the schedule is for {schedule.ranks} ranks of {schedule.chunks} chunks; here are {ranks} ranks, and "
+                f"{len(chunks)} chunks on rank {rank}"
+            )
+        self.schedule, self.rank, self.pipes, self.evaluation = checked(schedule), rank, pipes, evaluation
+        self.steps = tuple(steps(schedule, rank, evaluation))
+        self._calls = tuple(_call(chunks[step.action.chunk], step.action) for step in self.steps)
+        peers = {way.peer for step in self.steps for way in (step.receives, step.sends) if way is not None}
+        if pipes is not None and (absent := sorted(peers - pipes.peers)):
+            raise ValueError(f"rank {rank} has no channel to rank {absent[0]}; connect the pipeline with wrap=True")
+        self._pace = Pace(self) if pipes is not None and pipes.device.type == "cuda" else None
+
+    def run(self, trace: Trace | None = None) -> None:
+        """One step: every action once, in order. Raises PipelineError.
+
+        On CUDA the actions are issued, and may end later; so an error may come with the next run, or from `settle`.
+        """
+        with torch.no_grad() if self.evaluation else nullcontext():
+            self._run(trace)
+
+    def _run(self, trace: Trace | None) -> None:
+        pipes, pace = self.pipes, self._pace
+        posted: dict[int, Receive] = {}
+        here: dict[int, Tensor] = {}  # what waits for another chunk of this rank. Popped on use: freed soon
+        for at, (step, call) in enumerate(zip(self.steps, self._calls, strict=True)):
+            for peer, event in step.posts:
+                assert pipes is not None
+                posted[event] = pipes.post(peer)
+            if trace is not None:
+                trace.mark()
+            receive, tensor = None, None
+            if step.receives is not None:
+                receive = posted.pop(step.receives.event)
+                tensor = self._take(at, receive)
+            elif step.takes is not None:
+                tensor = here.pop(step.takes)
+            if trace is not None:
+                trace.mark()
+            tensor = call(step.action.micro_batch, tensor)
+            if trace is not None:
+                trace.mark()
+            if step.sends is not None or step.gives is not None:
+                assert tensor is not None, f"{step.action} returned no tensor for the next stage"
+                if step.sends is not None:
+                    self._send(at, step.sends.peer, tensor)
+                elif step.gives is not None:
+                    here[step.gives] = tensor
+            del tensor
+            if pipes is not None:
+                pipes.sent()
+                if pace is not None:
+                    pace.issued(at, receive)
+        assert not here and not posted, f"never consumed: {sorted([*here, *posted])}"
+        if pipes is not None:
+            try:
+                pipes.drain()
+            except PipelineError as error:
+                raise PipelineError(
+                    f"{self.name} ran all its actions, but a peer took not all it sent: {error}"
+                ) from error
+
+    def settle(self) -> None:
+        """Waits until all actions have ended; on the CPU they have. Raises PipelineError.
+
+        To be called before the host reads anything of a step from a CUDA device: a read would wait without end.
+        """
+        if self._pace is not None:
+            self._pace.settle()
+
+    def share(self, loss: Tensor) -> None:
+        """Gives `loss` of the rank that holds the last stage to all ranks of the pipeline, in place."""
+        if self.pipes is not None:
+            source, _ = self.schedule.holder(self.schedule.stages - 1)
+            try:
+                self.pipes.broadcast(loss, source)
+            except PipelineError as error:
+                raise PipelineError(f"{self.name} waits for the loss of rank {source}: {error}") from error
+
+    @property
+    def name(self) -> str:
+        return "rank 0" if self.pipes is None else self.pipes.name(self.rank)
+
+    def where(self, at: int) -> str:
+        """Rank, action and, if it takes something from a peer, that and what was received before: for messages."""
+        step = self.steps[at]
+        place = f"{self.name}, action {at} of {len(self.steps)} ({step.action})"
+        if step.receives is None or self.pipes is None:
+            return place
+        peer = step.receives.peer
+        sent = {event: action for action, event in messages(self.schedule, peer, self.rank, self.evaluation)}
+        taken = [way.event for way in (earlier.receives for earlier in self.steps[:at]) if way and way.peer == peer]
+        last = f", the last one its {sent[taken[-1]]}" if taken else ""
+        return (
+            f"{place}, waits for {sent[step.receives.event]} of {self.pipes.name(peer)}, from which it took "
+            f"{len(taken)} of {len(sent)} messages so far{last}"
+        )
+
+    def _take(self, at: int, receive: Receive) -> Tensor:
+        assert self.pipes is not None
+        try:
+            return self.pipes.take(receive)
+        except PipelineError as error:
+            raise PipelineError(f"{self.where(at)}: {error}") from error
+
+    def _send(self, at: int, target: int, tensor: Tensor) -> None:
+        assert self.pipes is not None
+        try:
+            self.pipes.send(target, tensor)
+        except PipelineError as error:
+            action = self.steps[at].action
+            raise PipelineError(f"{self.name} sends {action} to {self.pipes.name(target)}: {error}") from error
+
+
+class Pace:
+    """Lets the host be ON_DEVICE actions ahead of a CUDA device, and sees there what never ends."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self.issued_at: deque[tuple[int, Receive | None, torch.cuda.Event]] = deque()
+
+    def issued(self, at: int, receive: Receive | None) -> None:
+        event = torch.cuda.Event()
+        event.record()
+        self.issued_at.append((at, receive, event))
+        while len(self.issued_at) > ON_DEVICE:
+            self._wait()
+
+    def settle(self) -> None:
+        while self.issued_at:
+            self._wait()
+
+    def _wait(self) -> None:
+        at, receive, event = self.issued_at.popleft()
+        assert self.executor.pipes is not None
+        timeout = self.executor.pipes.timeout
+        end = time.monotonic() + timeout
+        while not event.query():
+            if time.monotonic() > end:
+                came = "" if receive is None or not receive.work.is_completed() else ", which came,"
+                raise PipelineError(f"{self.executor.where(at)}{came}: not done in {timeout:.1f} s")
+            time.sleep(5e-5)
+
+
+def steps(schedule: Schedule, rank: int, evaluation: bool = False) -> Iterator[Step]:
+    """The row of `rank` with all hand-overs; see the head of this file on when receives are posted."""
+    table, last = routes(schedule)[rank], schedule.stages - 1
+    program = [action for action in schedule[rank] if action.kind == "F" or not evaluation]
+    order = {
+        peer: [Message(peer, event) for _, event in messages(schedule, peer, rank, evaluation)]
+        for peer in {way.source for ways in table.values() for way in ways if way.source is not None}
+    }
+    place = {way: k for channel in order.values() for k, way in enumerate(channel)}
+    receives: list[Message | None] = []
+    for kind, chunk, i in program:
+        way = table[kind][chunk]
+        receives.append(None if way.source is None or way.takes is None else Message(way.source, way.takes + i))
+    posted: Counter[int] = Counter()
+    needed: Counter[int] = Counter()
+    for at, action in enumerate(program):
+        posts: list[Message] = []
+        for distance, message in enumerate(receives[at : at + 1 + AHEAD]):
+            if message is None:
+                continue
+            peer, k = message.peer, place[message]
+            if distance == 0:
+                until = needed[peer] = max(needed[peer], k + 1)
+            else:  # the next one, if all that are posted are needed by now
+                until = min(k + 1, needed[peer] + 1)
+            posts += order[peer][posted[peer] : until]
+            posted[peer] = max(posted[peer], until)
+        way, i = table[action.kind][action.chunk], action.micro_batch
+        takes = None if way.takes is None or way.source is not None else way.takes + i
+        sends = None if way.target is None else Message(way.target, way.event + i)
+        stays = sends is None and action.kind != "W" and way.stage != (last if action.kind == "F" else 0)
+        yield Step(action, tuple(posts), receives[at], takes, sends, way.event + i if stays else None)
+
+
+def messages(schedule: Schedule, source: int, target: int, evaluation: bool = False) -> Iterator[tuple[Action, int]]:
+    """What rank `source` sends to rank `target`, in order: the action that brings it about, and the event."""
+    table = routes(schedule)[source]
+    for action in schedule[source]:
+        way = table[action.kind][action.chunk]
+        if way.target == target and (action.kind == "F" or not evaluation):
+            yield action, way.event + action.micro_batch
+
+
+def _call(chunk: Chunk, action: Action) -> Callable[[int, Tensor | None], Tensor | None]:
+    if action.kind == "F":
+        return chunk.forward
+    if action.kind == "B":
+        return chunk.backward
+    if not isinstance(chunk, SplitChunk):
+        raise ValueError(f"{action} is half of a backward, and {type(chunk).__name__} cannot split it")
+    if action.kind == "I":
+        return chunk.backward_input
+
+    def weights(micro_batch: int, _: Any) -> None:
+        chunk.backward_weights(micro_batch)
+
+    return weights

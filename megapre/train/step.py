@@ -105,7 +105,7 @@ class Engine:
         loss = torch.compile(self.model.loss, dynamic=False) if cfg.run.compile else self.model.loss
         self.chunk = WholeModel(loss, cfg.model.vocab, device, self.loss_scale)
         micro_batches = cfg.batch.micro_batches(dp=1)
-        self.executor = Executor(schedule.build(cfg.layout.schedule, 1, 1, micro_batches)[0], [self.chunk])
+        self.executor = Executor(schedule.build(cfg.layout.schedule, 1, 1, micro_batches), [self.chunk])
 
     def step(self, batch: GlobalBatch, lr: float) -> StepResult:
         """Forward and backward of every micro-batch of `batch`, then one update at rate `lr`."""

@@ -1,69 +1,157 @@
-"""The executor: order, hand-over between chunks, and equality with plain autograd."""
+"""The executor on one rank: order, hand-over between chunks, equality with plain autograd, when receives are posted."""
 
+import gc
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pieces import Piece, cut, micro_batches, network, whole_gradients
 from torch import Tensor, nn
 
-from megapre.parallel.pipeline import Executor
-from megapre.schedule import Action, build
+from megapre.parallel.pipeline import AHEAD, Executor, messages, steps
+from megapre.schedule import BUILDERS, Action, Schedule, ScheduleError, build
 
 
-class Stage:
-    """A piece of a network as a chunk; the last one turns its output into a loss."""
-
-    def __init__(self, net: nn.Module, data: list[Tensor] | None, last: bool) -> None:
-        self.net, self.data, self.last = net, data, last
-        self.saved: dict[int, tuple[Tensor | None, Tensor]] = {}
-        self.in_flight = 0
-
-    def forward(self, micro_batch: int, x: Tensor | None) -> Tensor:
-        if x is None:
-            assert self.data is not None
-            leaf, x = None, self.data[micro_batch]
-        else:
-            leaf = x = x.detach().requires_grad_()
-        y = self.net(x)
-        y = y.square().sum() if self.last else y
-        self.saved[micro_batch] = leaf, y
-        self.in_flight = max(self.in_flight, len(self.saved))
-        return y
-
-    def backward(self, micro_batch: int, grad: Tensor | None) -> Tensor | None:
-        leaf, y = self.saved.pop(micro_batch)
-        y.backward(grad)
-        return None if leaf is None else leaf.grad
+def local(name: str, chunks: int, m: int) -> tuple[list[Piece], list[nn.Module]]:
+    layers = network(7)
+    pieces = [
+        Piece(part, micro_batches(m) if i == 0 else None, i == chunks - 1) for i, part in enumerate(cut(layers, chunks))
+    ]
+    Executor(build(name, 1, chunks, m), pieces).run()
+    return pieces, layers
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 3])
-def test_chunks_of_a_network_give_the_gradients_of_the_whole(chunks: int) -> None:
-    torch.manual_seed(0)
-    layers = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]
-    data = [torch.randn(4, 6) for _ in range(5)]
-    whole = nn.Sequential(*layers)
-    sum(whole(x).square().sum() for x in data).backward()
-    expected = [p.grad.clone() for p in whole.parameters()]
-    whole.zero_grad()
+LOCAL = [(name, v) for name, row in BUILDERS.items() for v in (1, 2, 3) if row.least <= v <= (row.most or 3)]
 
-    cuts = [layers[i * 3 // chunks : (i + 1) * 3 // chunks] for i in range(chunks)]
-    stages = [Stage(nn.Sequential(*cut), data if i == 0 else None, i == chunks - 1) for i, cut in enumerate(cuts)]
-    Executor(build("gpipe", 1, chunks, 5)[0], stages).run()
-    for p, want in zip(whole.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, want, rtol=1e-5, atol=1e-6)  # micro-batches are added in another order
-    assert all(not stage.saved for stage in stages)
+
+@pytest.mark.parametrize(("name", "chunks"), LOCAL)
+def test_chunks_of_a_network_give_the_gradients_of_the_whole(name: str, chunks: int) -> None:
+    pieces, layers = local(name, chunks, 5)
+    for layer, wanted in zip(layers, whole_gradients(7, 5), strict=True):
+        for p, want in zip(layer.parameters(), wanted, strict=True):
+            torch.testing.assert_close(p.grad, want, rtol=1e-12, atol=1e-12)  # breadth_first adds in another order
+    assert all(not piece.saved for piece in pieces)
 
 
 def test_one_rank_of_1f1b_holds_one_micro_batch_at_a_time() -> None:
-    stage = Stage(nn.Linear(3, 3), [torch.randn(2, 3) for _ in range(7)], True)
-    Executor(build("1f1b", 1, 1, 7)[0], [stage]).run()
-    assert stage.in_flight == 1
+    pieces, _ = local("1f1b", 1, 7)
+    assert pieces[0].in_flight == 1
 
 
-def test_a_schedule_that_names_more_chunks_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\[0, 1\].*0\.\.0"):
-        Executor(build("gpipe", 1, 2, 1)[0], [Stage(nn.Identity(), [], True)])
+def test_evaluation_runs_the_forwards_alone() -> None:
+    layers = network(4)
+    data = micro_batches(3)
+    pieces = [Piece(part, data if i == 0 else None, i == 1) for i, part in enumerate(cut(layers, 2))]
+    Executor(build("interleaved", 1, 2, 3), pieces, evaluation=True).run()
+    wanted = sum(nn.Sequential(*layers)(x).square().sum() for x in data)
+    assert pieces[1].total.item() == pytest.approx(wanted.item(), rel=1e-12)
+    assert all(not piece.saved for piece in pieces)
+    assert all(p.grad is None for layer in layers for p in layer.parameters())
 
 
-def test_a_schedule_that_leaves_work_undone_is_noticed() -> None:
-    stages = [Stage(nn.Linear(2, 2), [torch.ones(1, 2)], False), Stage(nn.Linear(2, 2), None, True)]
-    with pytest.raises(AssertionError, match="never consumed"):
-        Executor([Action("F", 0, 0)], stages).run()
+class Remembered(np.ndarray):
+    """Memory whose end can be seen."""
+
+    alive = 0
+
+    def __del__(self) -> None:
+        Remembered.alive -= 1
+
+
+class Wasteful:
+    """Its outputs are 1; it keeps none of them."""
+
+    def forward(self, micro_batch: int, x: Tensor | None) -> Tensor:
+        Remembered.alive += 1
+        return torch.from_numpy(np.ones(2, np.float32).view(Remembered))
+
+    def backward(self, micro_batch: int, grad: Tensor | None) -> Tensor | None:
+        return None if grad is None else grad
+
+
+def test_what_was_handed_over_is_not_kept() -> None:
+    most = 0
+
+    class Last(Wasteful):
+        def forward(self, micro_batch: int, x: Tensor | None) -> Tensor:
+            nonlocal most
+            most = max(most, Remembered.alive)
+            return torch.zeros(())
+
+        def backward(self, micro_batch: int, grad: Tensor | None) -> Tensor:
+            return torch.zeros(2)
+
+    order = [Action(kind, chunk, i) for i in range(5) for kind, chunk in (("F", 0), ("F", 1), ("B", 1), ("B", 0))]
+    Executor(Schedule("by turns", 2, 5, (tuple(order),)), [Wasteful(), Last()]).run()
+    gc.collect()
+    assert most == 1 and Remembered.alive == 0
+
+
+def test_a_schedule_for_other_chunks_or_ranks_is_refused() -> None:
+    piece = Piece(nn.Identity(), [], True)
+    with pytest.raises(ValueError, match=r"for 1 ranks of 2 chunks; here are 1 ranks, and 1 chunks on rank 0"):
+        Executor(build("gpipe", 1, 2, 1), [piece])
+    with pytest.raises(ValueError, match=r"for 2 ranks of 1 chunks; here are 1 ranks"):
+        Executor(build("gpipe", 2, 1, 1), [piece])
+
+
+def test_a_schedule_that_cannot_run_is_refused() -> None:
+    with pytest.raises(ScheduleError, match=r"B0\.0 is missing"):
+        Executor(Schedule("half", 1, 1, ((Action("F", 0, 0),),)), [Piece(nn.Identity(), [], True)])
+
+
+def test_a_chunk_that_cannot_split_its_backward_is_refused() -> None:
+    schedule = Schedule("split", 1, 1, ((Action("F", 0, 0), Action("I", 0, 0), Action("W", 0, 0)),))
+    with pytest.raises(ValueError, match=r"I0\.0 is half of a backward, and Wasteful cannot split it"):
+        Executor(schedule, [Wasteful()])
+
+
+def _sizes(name: str) -> st.SearchStrategy[Schedule]:
+    chunks = st.just(1) if BUILDERS[name].most == 1 else st.integers(2, BUILDERS[name].most or 4)
+
+    def made(p: int, v: int, m: int) -> Schedule:
+        return build(name, p, v, m)
+
+    return st.builds(made, st.integers(2, 8), chunks, st.integers(16, 24))
+
+
+@given(st.sampled_from(sorted(BUILDERS)).flatmap(_sizes), st.booleans())
+def test_receives_are_posted_in_the_order_of_the_channel_and_stand_before_nothing(
+    schedule: Schedule, evaluation: bool
+) -> None:
+    for rank in range(schedule.ranks):
+        row = list(steps(schedule, rank, evaluation))
+        posted: dict[int, list[int]] = {}
+        taken: dict[int, set[int]] = {}
+        for at, step in enumerate(row):
+            soon = {later.receives for later in row[at : at + 1 + AHEAD] if later.receives}
+            for peer, event in step.posts:
+                posted.setdefault(peer, []).append(event)
+            if step.receives is not None:
+                peer, event = step.receives
+                assert event in posted[peer]
+                taken.setdefault(peer, set()).add(event)
+            for peer, events in posted.items():
+                arrived = max((events.index(event) + 1 for event in taken.get(peer, ())), default=0)
+                assert len(events) - arrived <= 1, "more than one receive may wait for its message"
+                if len(events) > arrived and step.posts and events[-1] == step.posts[-1].event:
+                    assert any(way.peer == peer for way in soon)
+        for peer, events in posted.items():
+            assert events == [event for _, event in messages(schedule, peer, rank, evaluation)]
+            assert taken[peer] == set(events)
+
+
+def test_the_hand_overs_of_a_row_match_those_of_its_peers() -> None:
+    schedule = build("zbv", 3, 2, 6)
+    rows = [list(steps(schedule, rank)) for rank in range(3)]
+    sent = {(rank, way) for rank, row in enumerate(rows) for way in [step.sends for step in row] if way}
+    received = {(rank, way) for rank, row in enumerate(rows) for way in [step.receives for step in row] if way}
+    assert {(way.peer, rank, way.event) for rank, way in sent} == {
+        (rank, way.peer, way.event) for rank, way in received
+    }
+    for row in rows:
+        assert {step.gives for step in row} == {step.takes for step in row}
+    turn = [step for step in rows[2] if step.gives is not None]
+    assert {str(step.action)[0] for step in turn} <= {"F", "B", "I"} and len(turn) == 2 * 6

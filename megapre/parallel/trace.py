@@ -1,0 +1,102 @@
+"""When each action of a step really ran: recorded on each rank, gathered, and laid beside the simulation.
+
+Recording costs two or three looks at the clock an action, on CUDA as many events, and one small all-reduce before the
+step: its end is time zero on all ranks, to within what it takes to spread (clocks of machines need not agree).
+
+What was measured is a `Timeline`, as a simulation gives it, so whatever draws the one draws the other. Its costs are
+the mean times of each stage's actions, and simulating the schedule with these tells what the schedule itself loses;
+what the measured step loses beyond is communication and unevenness in time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megapre.schedule import Action, Costs, Schedule, Timeline, simulate
+
+from .comm import Group
+
+if TYPE_CHECKING:
+    from .pipeline import Executor
+
+
+class Record(NamedTuple):
+    """One action on one rank, in seconds from the beginning of the step; it waited for its input before `start`."""
+
+    action: Action
+    start: float
+    end: float
+    waiting: float
+
+
+class Trace:
+    """The clock of one step. To be made by all ranks of `group` right before the step, and given to `Executor.run`."""
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+        if group.size > 1:
+            dist.all_reduce(torch.zeros(1, device=device), group=group.handle)
+        self.mark()
+
+    def mark(self) -> None:
+        """Called by the executor: before an action waits for its input, before it begins, and when it has ended."""
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def records(self, executor: Executor) -> list[Record]:
+        """What was recorded. On CUDA waits for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            times = [self._marks[0].elapsed_time(mark) / 1e3 for mark in self._marks]
+        else:
+            times = [mark - self._marks[0] for mark in self._marks]
+        before, starts, ends = times[1::3], times[2::3], times[3::3]
+        actions = [step.action for step in executor.steps]
+        return [
+            Record(action, start, end, start - ready)
+            for action, ready, start, end in zip(actions, before, starts, ends, strict=True)
+        ]
+
+
+def gather(records: Sequence[Record], group: Group) -> list[list[Record]]:
+    """The records of all ranks of `group`, by rank, on each of them."""
+    if group.size == 1:
+        return [list(records)]
+    all_records: list[Any] = [None] * group.size
+    dist.all_gather_object(all_records, list(records), group=group.handle)
+    return all_records
+
+
+def measured(schedule: Schedule, records: Sequence[Sequence[Record]]) -> Timeline:
+    """The timeline of a whole training step, from the records of the pipeline's ranks; it begins with zero."""
+    begin = min(record.start for row in records for record in row)
+    times: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
+    for rank, row in enumerate(records):
+        assert tuple(record.action for record in row) == schedule[rank], f"rank {rank} ran another row"
+        for (kind, chunk, _), start, end, _ in row:
+            times[kind, schedule.stage_of(rank, chunk)].append(end - start)
+
+    def mean(kind: str) -> list[float]:
+        return [fmean(times.get((kind, stage), [0.0])) for stage in range(schedule.stages)]
+
+    costs = Costs.of(schedule.stages, mean("F"), mean("I"), mean("W"), mean("B"))
+    starts = tuple([record.start - begin for record in row] for row in records)
+    ends = tuple([record.end - begin for record in row] for row in records)
+    return Timeline(schedule, costs, starts, ends)
+
+
+def simulated(timeline: Timeline) -> Timeline:
+    """The same schedule as the simulation has it, with the costs of `timeline` and messages that take no time."""
+    return simulate(timeline.schedule, timeline.costs)
