@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..config import Config
 
 GIB = 2**30
+SHOWN = 40  # problems
 PIPED = 100  # characters where there is no terminal
 
 
@@ -76,8 +77,10 @@ def show(
 def check(schedule: Schedule, in_flight: int | None = None, unreceived: int | None = None) -> int:
     """Prints what is wrong, a line for each problem, and returns 1; or that nothing is, and 0."""
     problems = schedules.check(schedule, in_flight=in_flight, unreceived=unreceived)
-    for problem in problems:
+    for problem in problems[:SHOWN]:
         print(problem)
+    if len(problems) > SHOWN:
+        print(f"and {len(problems) - SHOWN:,} more")
     actions = sum(map(len, schedule))
     if not problems:
         most = max(map(schedules.peak_in_flight, schedule))

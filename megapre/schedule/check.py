@@ -2,7 +2,9 @@
 
 What is assumed of the executor: a rank runs its actions in order; an action first receives its input, waiting until the
 peer has sent it, and sends its output without waiting; from one rank to another there are two first-in-first-out
-channels, one for activations and one for gradients, so the k-th message sent on a channel is the k-th received.
+channels, one for activations and one for gradients, so the k-th message sent on a channel is the k-th received. One
+channel for both would not do: on two ranks interleaved may send a gradient before an activation and want it after, and
+on a V both travel from each rank to each neighbour.
 
 An activation is kept from its F to its B, or to its W where the backward is split. A schedule in which every action
 comes once and nothing waits for ever therefore frees all of them by its end.

@@ -39,6 +39,11 @@ def test_check_of_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     path.write_text(path.read_text().replace("F1.0 B1.0\n", "B1.0\n"))
     assert run(monkeypatch, "check", str(path)) == 1
     assert capsys.readouterr().out == "rank 1: F1.0 is missing\n"
+    path.write_text(path.read_text().replace("micro-batches: 2", "micro-batches: 50"))
+    assert run(monkeypatch, "check", str(path)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 41 and lines[-1] == "and 153 more"
+    path.write_text(path.read_text().replace("micro-batches: 50", "micro-batches: 2"))
     assert run(monkeypatch, "show", str(path)) == 2
     assert "schedule 'mine' cannot run:\n  - rank 1: F1.0 is missing" in capsys.readouterr().err
 

@@ -41,7 +41,7 @@ def with_holes(batch: GlobalBatch) -> GlobalBatch:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "breadth_first"])
 def test_micro_batches_give_the_gradients_of_one_large_batch(family: str, schedule: str) -> None:
     """Also with unequal numbers of valid tokens: the loss is the mean over all of them, not a mean of means."""
     results = []
