@@ -6,6 +6,7 @@ without a pass of its own for the addition and, into an fp32 buffer, without rou
 autograd. Ops that know nothing of it return theirs as ever.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -13,18 +14,29 @@ from torch import Tensor
 
 
 class GradientSink(Protocol):
-    """Called once by each backward that will write: gives the buffer and counts the gradient as arrived."""
+    """The place of one parameter's gradient."""
 
     def __call__(self) -> tuple[Tensor, bool]:
-        """(buffer of the parameter's shape, fp32 or of its dtype; True: add to it, False: overwrite it)."""
+        """(buffer of the parameter's shape, fp32 or of its dtype; True: add to it, False: overwrite it).
+
+        Called once by each backward, as it writes: the gradient counts as arrived.
+        """
+        ...
+
+    def when_due(self, write: Callable[[], None]) -> None:
+        """Calls `write`, which calls the sink and fills its buffer: at once, or whenever the owner makes the weight
+        gradients, apart from the rest of the backward (the W of zero-bubble schedules)."""
         ...
 
 
 def sink_of(parameter: Tensor | None) -> GradientSink | None:
-    """The sink of `parameter`; None where it has none or needs no gradient, and inside torch.compile, which would have
-    to trace through it."""
-    if parameter is None or torch.compiler.is_compiling():
+    """The sink of `parameter` for an op in its forward; None where it has none or needs no gradient, and inside
+    torch.compile, which would have to trace through it."""
+    if parameter is None or not (parameter.requires_grad and torch.is_grad_enabled()):
         return None
-    if not (parameter.requires_grad and torch.is_grad_enabled()):
-        return None
-    return getattr(parameter, "gradient_sink", None)
+    return sink_in_backward(parameter)
+
+
+def sink_in_backward(parameter: Tensor) -> GradientSink | None:
+    """As `sink_of`, in a backward, where gradients of gradients are off."""
+    return None if torch.compiler.is_compiling() else getattr(parameter, "gradient_sink", None)

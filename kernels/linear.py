@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import library
-from .gradient_sink import sink_of
+from .gradient_sink import sink_in_backward, sink_of
 from .precision import wide
 
 
@@ -80,20 +80,54 @@ class _IntoSinks(torch.autograd.Function):
         return torch.ops.megapre.linear(x, weight, bias)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        dy_TO, x_TI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        dweight, accumulate = ctx.weight.gradient_sink()
-        if ctx.bias is None:
-            torch.ops.megapre.linear_weight_gradient_(dweight, None, dy_TO, x_TI, accumulate)
-        else:
-            dbias, accumulate_bias = ctx.bias.gradient_sink()
-            assert accumulate_bias == accumulate, "weight and bias of a layer get their gradients together"
-            sums = dbias if dbias.dtype == wide(dy.dtype) else dbias.to(wide(dy.dtype))
-            torch.ops.megapre.linear_weight_gradient_(dweight, sums, dy_TO, x_TI, accumulate)
-            dbias.copy_(sums)
-        dx = _input_gradient(dy, weight) if ctx.needs_input_grad[0] else None
-        return dx, None, None
+        dx = input_gradient(dy, weight) if ctx.needs_input_grad[0] else None
+        return dx, *weight_gradients(dy, x, ctx.weight, ctx.bias)
+
+
+# The three products by themselves, for a layer whose ranks communicate in between.
+
+
+def product(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y, [..., I] -> [..., O], outside of autograd."""
+    return _forward(x, weight_OI, bias)
+
+
+def input_gradient(dy: Tensor, weight_OI: Tensor) -> Tensor:
+    """dx, [..., O] -> [..., I]."""
+    dx = dy.new_empty(*dy.shape[:-1], weight_OI.shape[1])
+    torch.ops.megapre.linear_input_gradient_(dx.view(-1, dx.shape[-1]), dy.reshape(-1, dy.shape[-1]), weight_OI)
+    return dx
+
+
+def weight_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dW, db) in the parameters' dtype; None for what needs none, and for both where they go into sinks.
+
+    `weight` and `bias` are the parameters themselves, of which only the sinks matter here.
+    """
+    sink = sink_in_backward(weight)
+    if sink is not None and (bias is None or sink_in_backward(bias) is not None):
+        sink.when_due(lambda: _into_sinks(dy, x, weight, bias))
+        return None, None
+    needs = (False, weight.requires_grad, bias is not None and bias.requires_grad)
+    _, dweight, dbias = _backward(dy, x, weight, *needs)
+    return dweight if needs[1] else None, dbias if needs[2] else None
+
+
+def _into_sinks(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    dy_TO, x_TI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dweight, accumulate = weight.gradient_sink()  # type: ignore[attr-defined]
+    if bias is None:
+        torch.ops.megapre.linear_weight_gradient_(dweight, None, dy_TO, x_TI, accumulate)
+        return
+    dbias, accumulate_bias = bias.gradient_sink()  # type: ignore[attr-defined]
+    assert accumulate_bias == accumulate, "weight and bias of a layer get their gradients together"
+    sums = dbias if dbias.dtype == wide(dy.dtype) else dbias.to(wide(dy.dtype))
+    torch.ops.megapre.linear_weight_gradient_(dweight, sums, dy_TO, x_TI, accumulate)
+    dbias.copy_(sums)
 
 
 # The registered ops: kernels in plain torch, fake tensors, autograd.
@@ -127,16 +161,10 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
-    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1])
-    torch.ops.megapre.linear_input_gradient_(dx.view(-1, dx.shape[-1]), dy.reshape(-1, dy.shape[-1]), weight)
-    return dx
-
-
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool, need_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = _input_gradient(dy, weight) if need_dx else dy.new_empty(0)
+    dx = input_gradient(dy, weight) if need_dx else dy.new_empty(0)
     dy_TO, x_TI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     if not need_dweight:
         return dx, dy.new_empty(0), dy_TO.sum(0) if need_dbias else dy.new_empty(0)

@@ -23,26 +23,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megapre.model.cut import CUT, local
 from megapre.model.embedding import Embedding
 from megapre.model.errors import ModelError
 from megapre.model.rope import Rotary
+from megapre.parallel.tensor import ColumnLinear, RowLinear, VocabEmbedding, enter
 
 if TYPE_CHECKING:
     from megapre.config import Model
     from megapre.kernels import Kernels
     from megapre.model.cache import KVCache, LayerCache
+    from megapre.parallel.tensor import TensorGroup
 
 
 Like = dict[str, Any]  # what every parameter is made like: its dtype and device
 
 
 class Places(NamedTuple):
-    """Where the tokens of a batch stand. The same for every block.
+    """Where the tokens of a batch of `shape` [B, S] stand. The same for every block.
 
     Column s is at position start + s, or at positions_BS where that is given. cos and sin (None without rope) are the
     table's rows from `start` on, or the whole table for positions_BS to choose from.
     """
 
+    shape: torch.Size
     start: int
     positions_BS: Tensor | None
     cos: Tensor | None
@@ -50,29 +54,27 @@ class Places(NamedTuple):
     cu_seqlens: Tensor | None
 
 
-class Linear(nn.Linear):
-    """nn.Linear over the chosen products, left uninitialised: `init.initialize` draws every parameter from its name."""
+class Make(NamedTuple):
+    """How layers are made: over which kernels, in which dtype and where, and cut over which ranks (None: not cut)."""
 
-    def __init__(self, ins: int, outs: int, bias: bool, ops: Kernels, like: Like) -> None:
-        super().__init__(ins, outs, bias, **like)
-        self.ops = ops
+    ops: Kernels
+    like: Like
+    tensor: TensorGroup | None
 
-    def reset_parameters(self) -> None:
-        pass
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., ins] -> [..., outs]."""
-        return self.ops.linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
+    def linear(self, name: str, ins: int, outs: int, bias: bool) -> nn.Module:
+        """The layer `name` of CUT, with the inputs and outputs of this rank."""
+        kind = {"column": ColumnLinear, "row": RowLinear}[CUT[name]]
+        return kind(ins, outs, bias, self.ops, self.like, self.tensor)
 
 
 class LayerNorm(nn.Module):
     """LayerNorm of the stream, with the residual addition in the same pass."""
 
-    def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
+    def __init__(self, cfg: Model, make: Make) -> None:
         super().__init__()
-        self.eps, self.ops = cfg.norm_eps, ops
-        self.weight = nn.Parameter(torch.empty(cfg.hidden, **like))
-        self.bias = nn.Parameter(torch.empty(cfg.hidden, **like)) if cfg.bias else None
+        self.eps, self.ops = cfg.norm_eps, make.ops
+        self.weight = nn.Parameter(torch.empty(cfg.hidden, **make.like))
+        self.bias = nn.Parameter(torch.empty(cfg.hidden, **make.like)) if cfg.bias else None
 
     def forward(self, x_BSH: Tensor, residual_BSH: Tensor | None) -> tuple[Tensor, Tensor]:
         """(norm(h), h) with h = x + residual, or x alone."""
@@ -83,10 +85,10 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """RMSNorm of the stream, as LayerNorm."""
 
-    def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
+    def __init__(self, cfg: Model, make: Make) -> None:
         super().__init__()
-        self.eps, self.ops = cfg.norm_eps, ops
-        self.weight = nn.Parameter(torch.empty(cfg.hidden, **like))
+        self.eps, self.ops = cfg.norm_eps, make.ops
+        self.weight = nn.Parameter(torch.empty(cfg.hidden, **make.like))
 
     def forward(self, x_BSH: Tensor, residual_BSH: Tensor | None) -> tuple[Tensor, Tensor]:
         out = self.ops.rms_norm(x_BSH, self.weight, eps=self.eps, residual=residual_BSH)
@@ -96,10 +98,10 @@ class RMSNorm(nn.Module):
 class HeadNorm(nn.Module):
     """RMSNorm within each head of q or k (Henry et al. 2020, arXiv:2010.04245; Qwen3's form)."""
 
-    def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
+    def __init__(self, cfg: Model, make: Make) -> None:
         super().__init__()
-        self.eps, self.ops = cfg.norm_eps, ops
-        self.weight = nn.Parameter(torch.empty(cfg.head_dim, **like))
+        self.eps, self.ops = cfg.norm_eps, make.ops
+        self.weight = nn.Parameter(torch.empty(cfg.head_dim, **make.like))
 
     def forward(self, x_BSND: Tensor) -> Tensor:
         return self.ops.rms_norm(x_BSND, self.weight, eps=self.eps)
@@ -108,21 +110,21 @@ class HeadNorm(nn.Module):
 class Attention(nn.Module):
     """Causal attention with grouped queries: head n reads key-value head n // (N / K)."""
 
-    def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
+    def __init__(self, cfg: Model, make: Make) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim, self.ops = cfg.heads, cfg.kv_heads, cfg.head_dim, ops
-        self.qkv = Linear(cfg.hidden, (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim, cfg.bias, ops, like)
-        self.q_norm = HeadNorm(cfg, ops, like) if cfg.qk_norm else None
-        self.k_norm = HeadNorm(cfg, ops, like) if cfg.qk_norm else None
-        self.out = Linear(cfg.heads * cfg.head_dim, cfg.hidden, cfg.bias, ops, like)
+        self.heads, self.kv_heads, self.head_dim, self.ops = cfg.heads, cfg.kv_heads, cfg.head_dim, make.ops
+        self.qkv = make.linear("attn.qkv", cfg.hidden, (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim, cfg.bias)
+        self.q_norm = HeadNorm(cfg, make) if cfg.qk_norm else None
+        self.k_norm = HeadNorm(cfg, make) if cfg.qk_norm else None
+        self.out = make.linear("attn.out", cfg.heads * cfg.head_dim, cfg.hidden, cfg.bias)
 
     def forward(self, x_BSH: Tensor, places: Places, cache: LayerCache | None) -> Tensor:
-        qkv = self.qkv(x_BSH).unflatten(-1, (-1, self.head_dim))
+        qkv = self.qkv(x_BSH).view(*places.shape, -1, self.head_dim)
         q_BSND, k_BSKD, v_BSKD = self.turned(qkv, places)
         if cache is not None:
             k_BSKD, v_BSKD = cache.extend(k_BSKD, v_BSKD)
         o_BSND = self.ops.attention(q_BSND, k_BSKD, v_BSKD, causal=True, cu_seqlens=places.cu_seqlens)
-        return self.out(o_BSND.flatten(2))
+        return self.out(o_BSND.flatten(2) if x_BSH.dim() == 3 else o_BSND.flatten(2).flatten(0, 1))
 
     def turned(self, qkv: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, normed and rotated as the model asks; in the memory of qkv where no norm stands between."""
@@ -140,11 +142,11 @@ class Attention(nn.Module):
 class GeluMLP(nn.Module):
     """down(gelu(up(x))), the GPT-2 way."""
 
-    def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
+    def __init__(self, cfg: Model, make: Make) -> None:
         super().__init__()
-        self.ops = ops
-        self.up = Linear(cfg.hidden, cfg.ffn, cfg.bias, ops, like)
-        self.down = Linear(cfg.ffn, cfg.hidden, cfg.bias, ops, like)
+        self.ops = make.ops
+        self.up = make.linear("mlp.up", cfg.hidden, cfg.ffn, cfg.bias)
+        self.down = make.linear("mlp.down", cfg.ffn, cfg.hidden, cfg.bias)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         return self.down(self.ops.gelu(self.up(x_BSH)))
@@ -153,23 +155,23 @@ class GeluMLP(nn.Module):
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202); gate and up are one product."""
 
-    def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
+    def __init__(self, cfg: Model, make: Make) -> None:
         super().__init__()
-        self.activation = {"swiglu": ops.swiglu, "geglu": ops.geglu}[cfg.activation]
-        self.gate_up = Linear(cfg.hidden, 2 * cfg.ffn, cfg.bias, ops, like)
-        self.down = Linear(cfg.ffn, cfg.hidden, cfg.bias, ops, like)
+        self.activation = {"swiglu": make.ops.swiglu, "geglu": make.ops.geglu}[cfg.activation]
+        self.gate_up = make.linear("mlp.gate_up", cfg.hidden, 2 * cfg.ffn, cfg.bias)
+        self.down = make.linear("mlp.down", cfg.ffn, cfg.hidden, cfg.bias)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         return self.down(self.activation(self.gate_up(x_BSH)))
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: Model, ops: Kernels, like: Like) -> None:
+    def __init__(self, cfg: Model, make: Make) -> None:
         super().__init__()
         norm = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[cfg.norm]
         mlp = GatedMLP if cfg.gated else GeluMLP
-        self.norm1, self.attn = norm(cfg, ops, like), Attention(cfg, ops, like)
-        self.norm2, self.mlp = norm(cfg, ops, like), mlp(cfg, ops, like)
+        self.norm1, self.attn = norm(cfg, make), Attention(cfg, make)
+        self.norm2, self.mlp = norm(cfg, make), mlp(cfg, make)
 
     def forward(
         self, x_BSH: Tensor, residual_BSH: Tensor | None, places: Places, cache: LayerCache | None = None
@@ -180,25 +182,52 @@ class Block(nn.Module):
         return self.mlp(y_BSH), stream_BSH
 
 
+class Piece(NamedTuple):
+    """A run of consecutive parts of the model: the embedding if `first`, these blocks, norm and head if `last`."""
+
+    first: bool
+    layers: range
+    last: bool
+
+
 class Transformer(nn.Module):
     """A language model of cfg's shape. Parameters are raw memory until `initialize(model, seed)` or `load_state`.
 
-    `ops` is what `megapre.kernels.choose(device)` returned. With device="meta" nothing is allocated.
+    `ops` is what `megapre.kernels.choose(device)` returned. With device="meta" nothing is allocated. With `tensor` it
+    holds one rank's share of every layer that CUT names; with `piece` it is that piece of the model alone. Parameters
+    are named as in the whole model; a last piece of a tied model holds the embedding table too, as its head.
     """
 
     def __init__(
-        self, cfg: Model, ops: Kernels, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        cfg: Model,
+        ops: Kernels,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        tensor: TensorGroup | None = None,
+        piece: Piece | None = None,
     ) -> None:
         super().__init__()
-        like: Like = {"dtype": dtype, "device": device}
-        self.cfg, self.ops = cfg, ops
-        self.embed = Embedding(cfg.vocab_padded, cfg.hidden, ops, like)
+        self.cfg, self.ops, self.tensor = cfg, ops, tensor
+        self.piece = Piece(True, range(cfg.layers), True) if piece is None else piece
+        make = Make(ops, {"dtype": dtype, "device": device}, tensor)
+        size = 1 if tensor is None else tensor.size
+        own, rows = local(cfg, size), cfg.vocab_padded // size
+        first, layers, last = self.piece
         learned = cfg.positions == "learned"
-        self.positions = Embedding(cfg.context, cfg.hidden, ops, like) if learned else None
+        if first:
+            self.embed = VocabEmbedding(rows, cfg.hidden, ops, make.like, tensor)
+        self.positions = Embedding(cfg.context, cfg.hidden, ops, make.like) if first and learned else None
         self.rotary = None if learned else Rotary(cfg, device)
-        self.blocks = nn.ModuleList(Block(cfg, ops, like) for _ in range(cfg.layers))
-        self.norm = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[cfg.norm](cfg, ops, like)
-        self.head = None if cfg.tied else Linear(cfg.hidden, cfg.vocab_padded, False, ops, like)
+        self.blocks = nn.ModuleList()
+        for layer in layers:  # named by their place in the whole model
+            self.blocks.add_module(str(layer), Block(own, make))
+        if last:
+            self.norm = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[cfg.norm](cfg, make)
+        self.head = ColumnLinear(cfg.hidden, rows, False, ops, make.like, tensor) if last and not cfg.tied else None
+        if last and cfg.tied and not first:
+            self.embed = VocabEmbedding(rows, cfg.hidden, ops, make.like, tensor)
 
     def forward(
         self,
@@ -227,7 +256,26 @@ class Transformer(nn.Module):
 
         `upstream`: the 0-dim gradient that the backward will bring, where that is known; it saves memory.
         """
-        return self.loss_of(self.hidden(tokens_BS, positions_BS, cu_seqlens), labels_BS, upstream)
+        return self.run(None, tokens_BS, labels_BS, positions_BS, cu_seqlens, upstream)
+
+    def run(
+        self,
+        stream: Tensor | None,
+        tokens_BS: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        upstream: Tensor | None = None,
+    ) -> Tensor:
+        """This piece of the model: from the stream that the piece before returned (None for the first) to the stream,
+        [B, S, H] or [T / size, H] with sequence parallelism, and from the last piece to the loss. Arguments as `loss`.
+        """
+        places = self.places(tokens_BS.shape, positions_BS, cu_seqlens)
+        x = self.embed_tokens(tokens_BS, places) if stream is None else stream
+        x, residual = self.run_blocks(x, places)
+        if not self.piece.last:
+            return x if residual is None else x + residual
+        return self.loss_of(self.norm(x, residual)[0], labels_BS, upstream)
 
     def hidden(
         self,
@@ -237,15 +285,16 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """The normed stream [B, S, H] that the head reads. Extends the cache."""
-        places = self.places(tokens_BS.shape[1], positions_BS, cu_seqlens, cache)
+        places = self.places(tokens_BS.shape, positions_BS, cu_seqlens, cache)
         x_BSH, residual_BSH = self.run_blocks(self.embed_tokens(tokens_BS, places), places, cache)
         if cache is not None:
             cache.length += tokens_BS.shape[1]
         return self.norm(x_BSH, residual_BSH)[0]
 
     def places(
-        self, length: int, positions_BS: Tensor | None, cu_seqlens: Tensor | None, cache: KVCache | None = None
+        self, shape: torch.Size, positions_BS: Tensor | None, cu_seqlens: Tensor | None, cache: KVCache | None = None
     ) -> Places:
+        length = shape[1]
         start = 0 if cache is None else cache.length
         room = self.cfg.context if cache is None else min(self.cfg.context, cache.capacity)
         if start + length > room:
@@ -255,19 +304,25 @@ class Transformer(nn.Module):
                 f"but {limit} has {room}; at most {room - start} tokens fit here"
             )
         if self.rotary is None:
-            return Places(start, positions_BS, None, None, cu_seqlens)
+            return Places(shape, start, positions_BS, None, None, cu_seqlens)
         if positions_BS is not None:  # they count from 0 whatever the cache holds
-            return Places(start, positions_BS, self.rotary.cos, self.rotary.sin, cu_seqlens)
+            return Places(shape, start, positions_BS, self.rotary.cos, self.rotary.sin, cu_seqlens)
         end = start + length
-        return Places(start, None, self.rotary.cos[start:end], self.rotary.sin[start:end], cu_seqlens)
+        return Places(shape, start, None, self.rotary.cos[start:end], self.rotary.sin[start:end], cu_seqlens)
 
     def embed_tokens(self, tokens_BS: Tensor, places: Places) -> Tensor:
-        x_BSH = self.embed(tokens_BS)
+        """The stream that enters the first block."""
+        x = self.embed(tokens_BS)
         if self.positions is None:
-            return x_BSH
+            return x
+        if self.tensor is not None and self.tensor.sequence:
+            positions_BS = places.positions_BS
+            if positions_BS is None:
+                positions_BS = torch.arange(places.start, places.start + places.shape[1], device=x.device)
+            return x + self.positions(self.tensor.own(positions_BS.expand(places.shape).flatten()))
         if places.positions_BS is not None:
-            return x_BSH + self.positions(places.positions_BS)
-        return x_BSH + self.positions.weight[places.start : places.start + tokens_BS.shape[1]]
+            return x + self.positions(places.positions_BS)
+        return x + self.positions.weight[places.start : places.start + places.shape[1]]
 
     def run_blocks(self, x_BSH: Tensor, places: Places, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
         residual_BSH = None
@@ -282,9 +337,16 @@ class Transformer(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def logits(self, y_BSH: Tensor) -> Tensor:
+        assert self.tensor is None, "logits are for sampling, which runs on one rank"
         return F.linear(y_BSH, self.head_weight[: self.cfg.vocab])
 
-    def loss_of(self, y_BSH: Tensor, labels_BS: Tensor, upstream: Tensor | None = None) -> Tensor:
-        return self.ops.linear_cross_entropy(
-            y_BSH.flatten(0, 1), self.head_weight, labels_BS.flatten(), vocab=self.cfg.vocab, upstream=upstream
+    def loss_of(self, y: Tensor, labels_BS: Tensor, upstream: Tensor | None = None) -> Tensor:
+        """The loss of the normed stream. A head that is cut gives every rank the same."""
+        vocab, weight, labels_T = self.cfg.vocab, self.head_weight, labels_BS.flatten()
+        y_TH = enter(y.view(-1, self.cfg.hidden), self.tensor)
+        if self.tensor is None:
+            return self.ops.linear_cross_entropy(y_TH, weight, labels_T, vocab=vocab, upstream=upstream)
+        gather, start = self.tensor.gather_statistics, self.tensor.rank * weight.shape[0]
+        return self.ops.vocab_parallel_linear_cross_entropy(
+            y_TH, weight, labels_T, gather, vocab_start=start, vocab=vocab, upstream=upstream
         )

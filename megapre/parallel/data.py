@@ -25,13 +25,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from megapre.kernels.gradient_sink import GradientSink
 
 # Each parameter starts at a multiple of 64 elements: 128 bytes in bf16, the widest vector or sector of any device we
 # run on. The gap holds zeros, whose gradient is zero and whose AdamW update is therefore zero.
@@ -105,7 +101,7 @@ class FlatGroup:
                 start, names = stop, []
 
 
-def _taking_into(sink: GradientSink) -> Callable[[Tensor], None]:
+def _taking_into(sink: _Sink) -> Callable[[Tensor], None]:
     def take(parameter: Tensor) -> None:
         if parameter.grad is None:  # autograd calls the hook also where an op has written into the sink itself
             return
@@ -117,6 +113,24 @@ def _taking_into(sink: GradientSink) -> Callable[[Tensor], None]:
         parameter.grad = None
 
     return take
+
+
+class _Sink:
+    """The gradient sink of one parameter (kernels/gradient_sink.py)."""
+
+    def __init__(self, owner: FlatParameters, name: str, total: Tensor) -> None:
+        self.owner, self.name, self.total = owner, name, total
+
+    def __call__(self) -> tuple[Tensor, bool]:
+        first = self.name in self.owner._missing
+        self.owner._missing.discard(self.name)
+        return self.total, not first
+
+    def when_due(self, write: Callable[[], None]) -> None:
+        if self.owner.postponed is None:
+            write()
+        else:
+            self.owner.postponed.append(write)
 
 
 class FlatParameters:
@@ -142,20 +156,14 @@ class FlatParameters:
             if side
         )
         self._missing: set[str] = set()
+        self.postponed: list[Callable[[], None]] | None = None
+        """Where weight gradients go that an op can make later, as calls; None: they are made at once."""
         for group in self.groups:
             for name, parameter in reverse:
                 if slot := group.slots.get(name):
-                    sink = self._sink(name, slot.view(group.grad))
+                    sink = _Sink(self, name, slot.view(group.grad))
                     parameter.gradient_sink = sink  # type: ignore[attr-defined]
                     parameter.register_post_accumulate_grad_hook(_taking_into(sink))
-
-    def _sink(self, name: str, sum_: Tensor) -> GradientSink:
-        def arrive() -> tuple[Tensor, bool]:
-            first = name in self._missing
-            self._missing.discard(name)
-            return sum_, not first
-
-        return arrive
 
     def begin_step(self) -> None:
         """From here the first gradient of each parameter replaces what the last step left."""

@@ -1,5 +1,7 @@
 """The linear layer against torch's own, by the 2x rule; gradients into sinks; autocast."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -60,6 +62,9 @@ class Sink:
     def __call__(self) -> tuple[Tensor, bool]:
         self.calls += 1
         return self.total, self.calls > 1
+
+    def when_due(self, write: Callable[[], None]) -> None:
+        write()
 
 
 def parameter(

@@ -1,5 +1,6 @@
 """What a transformer must do whatever its family: start at chance, learn, mask, respect its bounds, compile."""
 
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from megapre import kernels
 from megapre.config import load
 from megapre.model import ModelError, Transformer, decays, export_state, initialize
 from megapre.model.cache import KVCache
+from megapre.model.transformer import Piece
 
 
 def randomize(model: Transformer, seed: int = 3) -> None:
@@ -218,20 +220,23 @@ def test_parameter_names_are_the_contract(build):
     assert names(build("qk-norm-geglu")) == {f"{m}.weight" for m in llama}
 
 
-def test_a_chunked_model_is_the_model(build, shape, tokens):
-    """Embedding, any split of the blocks, norm and head, each fed one tensor: what a pipeline stage will run."""
-    model = build(shape, layers=4)
-    randomize(model)
-    x = tokens(2, 16)
-    with torch.no_grad():
-        places = model.places(16, None, None)
-        stream = model.embed_tokens(x, places)
-        for chunk in (model.blocks[:1], model.blocks[1:3], model.blocks[3:]):
-            residual = None
-            for block in chunk:
-                stream, residual = block(stream, residual, places)
-            stream = stream + residual
-        assert_close(model.logits(model.norm(stream, None)[0]), model(x), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("cuts", [(2,), (1, 3), (0, 4), (0, 0, 2)])
+def test_pieces_of_a_model_are_the_model(build, shape, tokens, cuts):
+    """Each fed the one tensor that the piece before returned: what pipeline stages run. Some hold no block at all."""
+    whole = build(shape, layers=4)
+    randomize(whole)
+    x, y = tokens(2, 16), tokens(2, 16)
+    bounds = [0, *cuts, 4]
+    stream, held = None, set()
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        piece = Piece(number == 0, range(start, stop), number == len(cuts))
+        part = Transformer(whole.cfg, whole.ops, piece=piece)
+        names = {name for name, _ in part.named_parameters()}
+        part.load_state_dict({name: value for name, value in whole.state_dict().items() if name in names})
+        held |= names
+        stream = part.run(stream, x, y)
+    assert held == {name for name, _ in whole.named_parameters()}
+    assert_close(stream, whole.loss(x, y), rtol=1e-6, atol=0)
 
 
 def test_decay_is_for_matrices(build):
