@@ -56,6 +56,7 @@ class _IntoSink(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         total, accumulate = ctx.weight.gradient_sink()
         torch.ops.megapre.embedding_gradient_(total, dy.reshape(-1, dy.shape[-1]), ids.flatten(), accumulate)
+        ctx.weight.gradient_sink.written()
         return None, None
 
 

@@ -19,8 +19,12 @@ class GradientSink(Protocol):
     def __call__(self) -> tuple[Tensor, bool]:
         """(buffer of the parameter's shape, fp32 or of its dtype; True: add to it, False: overwrite it).
 
-        Called once by each backward, as it writes: the gradient counts as arrived.
+        Called once by each backward, as it begins to write.
         """
+        ...
+
+    def written(self) -> None:
+        """Called when the gradient is in the buffer."""
         ...
 
     def when_due(self, write: Callable[[], None]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import library
-from .gradient_sink import sink_in_backward, sink_of
+from .gradient_sink import GradientSink, sink_in_backward, sink_of
 from .precision import wide
 
 
@@ -119,15 +119,20 @@ def weight_gradients(
 
 def _into_sinks(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     dy_TO, x_TI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dweight, accumulate = weight.gradient_sink()  # type: ignore[attr-defined]
+    sink: GradientSink = weight.gradient_sink  # type: ignore[attr-defined]
+    dweight, accumulate = sink()
     if bias is None:
         torch.ops.megapre.linear_weight_gradient_(dweight, None, dy_TO, x_TI, accumulate)
+        sink.written()
         return
-    dbias, accumulate_bias = bias.gradient_sink()  # type: ignore[attr-defined]
+    sink_of_bias: GradientSink = bias.gradient_sink  # type: ignore[attr-defined]
+    dbias, accumulate_bias = sink_of_bias()
     assert accumulate_bias == accumulate, "weight and bias of a layer get their gradients together"
     sums = dbias if dbias.dtype == wide(dy.dtype) else dbias.to(wide(dy.dtype))
     torch.ops.megapre.linear_weight_gradient_(dweight, sums, dy_TO, x_TI, accumulate)
     dbias.copy_(sums)
+    sink.written()
+    sink_of_bias.written()
 
 
 # The registered ops: kernels in plain torch, fake tensors, autograd.

@@ -206,6 +206,7 @@ class _IntoSink(torch.autograd.Function):
         loss, dx = torch.ops.megapre.linear_cross_entropy_into_(
             dweight, x, weight, labels, upstream, accumulate, *settings, ctx.needs_input_grad[0]
         )
+        weight.gradient_sink.written()  # type: ignore[attr-defined]
         ctx.save_for_backward(dx, upstream)
         return loss  # type: ignore[no-any-return]
 

@@ -6,7 +6,7 @@ on the device, so that a step is the same sequence of kernels each time and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
@@ -18,13 +18,27 @@ if TYPE_CHECKING:
     from megapre.config import Optim
 
 
+class Piece(Protocol):
+    """Buffers of one length to update, elements from `start` on of all; moments are `kept` of what the group keeps."""
+
+    start: int
+    kept: slice
+    param: Tensor
+    master: Tensor
+    grad: Tensor
+
+
 class Flat(Protocol):
-    """Flat buffers of equal length that share a weight decay setting; `master` is `param` where that has none."""
+    """Flat buffers that share a weight decay setting; `master` is `param` where that has none."""
 
     decays: bool
     param: Tensor
     master: Tensor
-    grad: Tensor
+    kept: int
+
+    def pieces(self) -> Iterable[Piece]:
+        """What this rank updates."""
+        ...
 
 
 class AdamW:
@@ -49,10 +63,10 @@ class AdamW:
         self.optim = optim
         self.adamw_, self.stochastic_, self.seed = adamw_, stochastic_, seed
         moments = torch.bfloat16 if optim.moments == "bf16" else torch.float32
-        self.exp_avg = [torch.zeros_like(group.master, dtype=moments) for group in self.groups]
-        self.exp_avg_sq = [torch.zeros_like(group.master, dtype=moments) for group in self.groups]
-        self.offsets = [0, *accumulate(group.param.numel() for group in self.groups)]
         device = self.groups[0].param.device
+        self.exp_avg = [torch.zeros(group.kept, dtype=moments, device=device) for group in self.groups]
+        self.exp_avg_sq = [torch.zeros_like(first) for first in self.exp_avg]
+        self.offsets = [0, *accumulate(group.param.numel() for group in self.groups)]
         self.lr = torch.zeros((), device=device)
         self.updates = torch.zeros((), device=device)
 
@@ -63,20 +77,21 @@ class AdamW:
         for group, exp_avg, exp_avg_sq, offset in zip(
             self.groups, self.exp_avg, self.exp_avg_sq, self.offsets, strict=False
         ):
-            update = partial(self.adamw_, group.param, group.master)
-            if group.master.dtype == torch.bfloat16:
-                assert self.stochastic_ is not None, "bf16 weights without a master need the op that rounds at random"
-                update = partial(self.stochastic_, group.param, seed=self.seed, offset=offset)
-            update(
-                exp_avg,
-                exp_avg_sq,
-                group.grad,
-                lr=self.lr,
-                step=self.updates,
-                beta1=self.optim.beta1,
-                beta2=self.optim.beta2,
-                eps=self.optim.eps,
-                weight_decay=self.optim.weight_decay if group.decays else 0.0,
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-            )
+            for piece in group.pieces():
+                update = partial(self.adamw_, piece.param, piece.master)
+                if piece.master.dtype == torch.bfloat16:
+                    assert self.stochastic_ is not None, "bf16 weights alone need the op that rounds at random"
+                    update = partial(self.stochastic_, piece.param, seed=self.seed, offset=offset + piece.start)
+                update(
+                    exp_avg[piece.kept],
+                    exp_avg_sq[piece.kept],
+                    piece.grad,
+                    lr=self.lr,
+                    step=self.updates,
+                    beta1=self.optim.beta1,
+                    beta2=self.optim.beta2,
+                    eps=self.optim.eps,
+                    weight_decay=self.optim.weight_decay if group.decays else 0.0,
+                    grad_scale=grad_scale,
+                    found_inf=found_inf,
+                )

@@ -25,9 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .comm import Group
+from .exchange import Exchange, sum_together
 
 # Each parameter starts at a multiple of 64 elements: 128 bytes in bf16, the widest vector or sector of any device we
 # run on. The gap holds zeros, whose gradient is zero and whose AdamW update is therefore zero.
@@ -58,24 +62,63 @@ class Bucket:
     names: tuple[str, ...]
 
 
+class Share(NamedTuple):
+    """What other ranks of one replica of the model know of a parameter.
+
+    ranks: those that hold it too (or `rows` of it, ranges of its first dimension), each with a part of its gradient,
+    so that the sum of theirs is the gradient; None: nobody, or everybody has the whole gradient. counted: whether this
+    rank, of all that hold it, counts it in the norm.
+    """
+
+    ranks: Group | None = None
+    counted: bool = True
+    rows: tuple[tuple[int, int], ...] = ()
+
+
+class Piece(NamedTuple):
+    """Part of a group's buffers that this rank updates, from element `start` on, all of one length.
+
+    `kept`: its place in what the rank keeps, such as moments.
+    """
+
+    start: int
+    kept: slice
+    param: Tensor
+    master: Tensor
+    grad: Tensor
+
+
 class FlatGroup:
-    """The parameters that share a weight decay setting, and their buffers (1-D, equal length)."""
+    """The parameters that share a weight decay setting and a Share, and their buffers.
+
+    param and grad are whole. Of the rest a rank keeps its share alone: where the states are sharded over `shards`, that
+    is an equal part of each bucket, one after the other, `kept` elements in all.
+    """
 
     def __init__(
         self,
         decays: bool,
+        share: Share,
         parameters: list[tuple[str, nn.Parameter]],
         bucket_elements: int,
         keep_master: bool,
         grad_dtype: torch.dtype,
+        shards: Group,
     ) -> None:
-        self.decays = decays
+        self.decays, self.share, self.shards = decays, share, shards
         self.slots: dict[str, Slot] = {}
-        end = 0
+        self.buckets: list[Bucket] = []
+        unit = ALIGNMENT * shards.size
+        end, begun, names = 0, 0, []
         for name, parameter in parameters:
             start, stop = end, end + parameter.numel()
             self.slots[name] = Slot(name, parameter.shape, start, stop)
+            names.append(name)
             end = -(-stop // ALIGNMENT) * ALIGNMENT
+            if end - begun >= bucket_elements or len(self.slots) == len(parameters):
+                end = begun - (begun - stop) // unit * unit
+                self.buckets.append(Bucket(begun, end, tuple(names)))
+                begun, names = end, []
         dtypes = {parameter.dtype for _, parameter in parameters}
         devices = {parameter.device for _, parameter in parameters}
         if len(dtypes) != 1 or len(devices) != 1:
@@ -85,20 +128,67 @@ class FlatGroup:
             view = self.slots[name].view(self.param)
             view.copy_(parameter.detach())
             parameter.data = view
-        alone = self.param.dtype == torch.float32 or not keep_master
-        self.master = self.param if alone else self.param.to(torch.float32)
         self.grad = torch.zeros(end, dtype=grad_dtype, device=self.param.device)
-        self.buckets = tuple(self._cut(bucket_elements))
+        self.kept = end // shards.size
+        alone = self.param.dtype == torch.float32 or not keep_master
+        self.master = self.param if alone else torch.empty(self.kept, device=self.param.device)
+        self.reset_master()
 
-    def _cut(self, bucket_elements: int) -> Iterator[Bucket]:
-        start, names = 0, []
-        slots = list(self.slots.values())
-        for slot, following in zip(slots, [*slots[1:], None], strict=True):
-            names.append(slot.name)
-            stop = following.start if following else self.param.numel()
-            if stop - start >= bucket_elements or following is None:
-                yield Bucket(start, stop, tuple(names))
-                start, names = stop, []
+    def reset_master(self) -> None:
+        """Master weights anew from the parameters, if they are not those."""
+        if self.master is not self.param:
+            for piece in self.pieces():
+                piece.master.copy_(piece.param)
+
+    def own(self, bucket: Bucket) -> slice:
+        """The elements of `bucket` that this rank updates."""
+        length = (bucket.stop - bucket.start) // self.shards.size
+        start = bucket.start + self.shards.index * length
+        return slice(start, start + length)
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank updates: all of the buffers at once where nothing is sharded."""
+        whole = [(slice(0, self.kept), slice(0, self.kept))]
+        cut = [
+            (self.own(bucket), slice(bucket.start // self.shards.size, bucket.stop // self.shards.size))
+            for bucket in self.buckets
+        ]
+        for own, kept in whole if self.shards.size == 1 else cut:
+            master = self.param[own] if self.master is self.param else self.master[kept]
+            yield Piece(own.start, kept, self.param[own], master, self.grad[own])
+
+    def counted(self) -> list[Tensor]:
+        """The gradients of which this rank tells the norm: its own, but for those that another rank counts."""
+        if not self.share.counted and not self.share.rows:
+            return []
+        owned = [slice(0, self.kept)] if self.shards.size == 1 else [self.own(bucket) for bucket in self.buckets]
+        skipped: list[tuple[int, int]] = []
+        if not self.share.counted:
+            for slot in self.slots.values():
+                row = (slot.stop - slot.start) // slot.shape[0]
+                skipped += [(slot.start + first * row, slot.start + last * row) for first, last in self.share.rows]
+        return [
+            self.grad[start:stop] for own in owned for start, stop in _without(own.start, own.stop, sorted(skipped))
+        ]
+
+    def shared(self) -> list[Tensor]:
+        """Views of the gradients that are to be summed over `share.ranks`."""
+        if self.share.ranks is None:
+            return []
+        if not self.share.rows:
+            return [self.grad]
+        views = [slot.view(self.grad) for slot in self.slots.values()]
+        return [view[first:last] for view in views for first, last in self.share.rows]
+
+
+def _without(start: int, stop: int, skipped: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """[start, stop) less the ranges `skipped`, which are in order and do not overlap."""
+    for first, last in skipped:
+        if start < min(first, stop):
+            yield start, min(first, stop)
+        start = max(start, min(last, stop))
+    if start < stop:
+        yield start, stop
 
 
 def _taking_into(sink: _Sink) -> Callable[[Tensor], None]:
@@ -111,6 +201,7 @@ def _taking_into(sink: _Sink) -> Callable[[Tensor], None]:
         else:
             total.copy_(parameter.grad)
         parameter.grad = None
+        sink.written()
 
     return take
 
@@ -122,9 +213,13 @@ class _Sink:
         self.owner, self.name, self.total = owner, name, total
 
     def __call__(self) -> tuple[Tensor, bool]:
-        first = self.name in self.owner._missing
-        self.owner._missing.discard(self.name)
+        first = self.name in self.owner.missing
+        self.owner.missing.discard(self.name)
         return self.total, not first
+
+    def written(self) -> None:
+        if self.owner.exchange is not None:
+            self.owner.exchange.arrived(self.name)
 
     def when_due(self, write: Callable[[], None]) -> None:
         if self.owner.postponed is None:
@@ -133,11 +228,16 @@ class _Sink:
             self.owner.postponed.append(write)
 
 
+ALONE = Group((0,), 0)
+NOT_SHARED = Share()
+
+
 class FlatParameters:
     """Takes over a model's parameters: after this they are views, and gradients land in `groups[i].grad`.
 
-    `parameters` come in order of use (the order of `model.named_parameters()`), tied parameters once. `decays(name,
-    parameter)` puts each in one of at most two groups.
+    `parameters` come in order of use (the order of `model.named_parameters()`), tied parameters once. Those with equal
+    `decays(name, parameter)` and `share(name)` are one group. `replicas` hold the same parameters: their gradients are
+    summed and, with `sharded`, each keeps and updates a part of the optimizer's states (ZeRO-1, Rajbhandari et al. 2020).
     """
 
     def __init__(
@@ -147,35 +247,52 @@ class FlatParameters:
         bucket_elements: int = BUCKET_ELEMENTS,
         keep_master: bool = True,
         grad_dtype: torch.dtype = torch.float32,
+        share: Callable[[str], Share] = lambda name: NOT_SHARED,
+        replicas: Group = ALONE,
+        sharded: bool = True,
     ) -> None:
         reverse = list(parameters)[::-1]
-        sides = ([p for p in reverse if decays(*p)], [p for p in reverse if not decays(*p)])
+        members: dict[tuple[bool, Share], list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in reverse:
+            members.setdefault((decays(name, parameter), share(name)), []).append((name, parameter))
+        shards = replicas if sharded else ALONE
         self.groups = tuple(
-            FlatGroup(side_decays, side, bucket_elements, keep_master, grad_dtype)
-            for side_decays, side in zip((True, False), sides, strict=True)
-            if side
+            FlatGroup(side, known, found, bucket_elements, keep_master, grad_dtype, shards)
+            for (side, known), found in sorted(members.items(), key=lambda item: not item[0][0])
         )
-        self._missing: set[str] = set()
+        self.missing: set[str] = set()
         self.postponed: list[Callable[[], None]] | None = None
         """Where weight gradients go that an op can make later, as calls; None: they are made at once."""
+        self.exchange = Exchange(self.groups, [name for name, _ in reverse], replicas) if replicas.size > 1 else None
+        by_name = dict(reverse)
         for group in self.groups:
-            for name, parameter in reverse:
-                if slot := group.slots.get(name):
-                    sink = _Sink(self, name, slot.view(group.grad))
-                    parameter.gradient_sink = sink  # type: ignore[attr-defined]
-                    parameter.register_post_accumulate_grad_hook(_taking_into(sink))
+            for name, slot in group.slots.items():
+                sink = _Sink(self, name, slot.view(group.grad))
+                by_name[name].gradient_sink = sink  # type: ignore[attr-defined]
+                by_name[name].register_post_accumulate_grad_hook(_taking_into(sink))
 
     def begin_step(self) -> None:
         """From here the first gradient of each parameter replaces what the last step left."""
-        self._missing = {name for group in self.groups for name in group.slots}
+        self.missing = {name for group in self.groups for name in group.slots}
 
     def finish_step(self) -> None:
-        """Zeroes the gradient of every parameter that took no part in this step."""
+        """After this every gradient that this rank updates with is the whole one: zero where a parameter took no part
+        in this step, summed over the ranks that share it and over all replicas.
+        """
         for group in self.groups:
-            for name in self._missing & group.slots.keys():
+            for name in self.missing & group.slots.keys():
                 group.slots[name].view(group.grad).zero_()
-        self._missing = set()
+            if shared := group.shared():
+                assert group.share.ranks is not None
+                sum_together(shared, group.share.ranks)
+        self.missing = set()
+        if self.exchange is not None:
+            self.exchange.finish()
+
+    def counted(self) -> list[Tensor]:
+        """The gradients whose squares, summed over all ranks, are the square of the norm."""
+        return [part for group in self.groups for part in group.counted()]
 
     def named(self, buffer: Callable[[FlatGroup], Tensor]) -> dict[str, Tensor]:
-        """Views by parameter name of the buffer that `buffer` picks, such as `lambda group: group.master`."""
+        """Views by parameter name of the whole buffer that `buffer` picks, such as `lambda group: group.grad`."""
         return {name: slot.view(buffer(group)) for group in self.groups for name, slot in group.slots.items()}

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rule import twice
+from sink import Sink
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,21 +49,15 @@ def test_the_gradient_of_a_frequent_token_is_exact_in_bf16(name: str) -> None:
 def test_gradients_land_in_sinks(dtype: torch.dtype) -> None:
     op = kernels.choose("cpu").embedding
     weight = torch.nn.Parameter(drawn(1, 9, 6, dtype=dtype, device="cpu"))
-    total, calls = torch.full((9, 6), torch.nan), []
-
-    def sink() -> tuple[Tensor, bool]:
-        calls.append(1)
-        return total, len(calls) > 1
-
-    weight.gradient_sink = sink  # type: ignore[attr-defined]
+    sink = weight.gradient_sink = Sink(weight, torch.float32)  # type: ignore[attr-defined]
     expected = torch.zeros(9, 6)
     for step in range(3):
         ids = torch.randint(7, (2, 5), generator=torch.Generator().manual_seed(step))
         dy = drawn(step, 2, 5, 6, dtype=dtype, device="cpu")
         op(ids, weight).backward(dy)
         expected.index_add_(0, ids.flatten(), dy.reshape(-1, 6).float())
-    assert weight.grad is None and len(calls) == 3
-    torch.testing.assert_close(total, expected)
+    assert weight.grad is None and sink.calls == sink.done == 3
+    torch.testing.assert_close(sink.total, expected)
 
 
 def test_an_id_beyond_the_table_is_an_error(implementation: str, device: str) -> None:

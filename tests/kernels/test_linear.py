@@ -1,12 +1,11 @@
 """The linear layer against torch's own, by the 2x rule; gradients into sinks; autocast."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rule import twice
+from sink import Sink
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,21 +49,6 @@ def test_autocast(device: str, implementation: str) -> None:
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
     assert x.grad is not None and weight.grad is not None and x.grad.dtype == weight.grad.dtype == torch.float32
-
-
-class Sink:
-    """A buffer that counts how often it was asked for."""
-
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        self.total = torch.full(like.shape, torch.nan, dtype=dtype)
-        self.calls = 0
-
-    def __call__(self) -> tuple[Tensor, bool]:
-        self.calls += 1
-        return self.total, self.calls > 1
-
-    def when_due(self, write: Callable[[], None]) -> None:
-        write()
 
 
 def parameter(

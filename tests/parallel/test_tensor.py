@@ -12,7 +12,7 @@ from megapre import kernels
 from megapre.config import Model
 from megapre.model import initialize
 from megapre.model.cut import held, is_cut, needs_sum
-from megapre.model.transformer import Piece, Transformer
+from megapre.model.transformer import Transformer
 from megapre.parallel.tensor import TensorGroup
 
 BASE = {"layers": 2, "hidden": 32, "heads": 8, "context": 16, "vocab": 200}

@@ -1,0 +1,96 @@
+"""Replicas that see different data train as one that sees all of it, with sharded states or without."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RunOn
+from torch import Tensor, nn
+
+from megapre import kernels
+from megapre.config import Optim
+from megapre.model import decays
+from megapre.optim.adamw import AdamW
+from megapre.parallel.comm import Group
+from megapre.parallel.data import ALONE, FlatParameters
+
+STEPS, MICRO_BATCHES = 3, 2
+OPTIM = Optim(lr=1e-2)
+
+
+class Net(nn.Module):
+    """A matrix used twice, layers, and a parameter that some steps do not use."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 70, dtype=dtype)
+        self.layers = nn.ModuleList(nn.Linear(70, 70, dtype=dtype) for _ in range(3))
+        self.sometimes = nn.Parameter(torch.ones(70, dtype=dtype))
+
+    def forward(self, tokens: Tensor, use: bool) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        x = x * self.sometimes if use else x
+        return (x @ self.embed.weight.T).float().square().mean()
+
+
+def batches(step: int, replicas: int) -> list[list[Tensor]]:
+    """Micro-batches by replica."""
+    generator = torch.Generator().manual_seed(step)
+    return [
+        [torch.randint(11, (8,), generator=generator) for _ in range(MICRO_BATCHES)]
+        for _ in range(4 // replicas * replicas)
+    ]
+
+
+def train(
+    dtype: torch.dtype, mine: slice, replicas: Group, sharded: bool
+) -> tuple[dict[str, Tensor], list[float], int]:
+    """Parameters and gradient norms of STEPS steps, and how many sums had begun when the last backward was over."""
+    net = Net(dtype)
+    flat = FlatParameters(net.named_parameters(), decays, 3000, replicas=replicas, sharded=sharded)
+    ops = kernels.choose("cpu")
+    optimizer = AdamW(flat.groups, OPTIM, ops.adamw_)
+    norms, early = [], 0
+    for step in range(STEPS):
+        flat.begin_step()
+        if flat.exchange is not None:
+            flat.exchange.ready("embed")
+            flat.exchange.ready()
+        for part in batches(step, 4)[mine]:
+            for tokens in part:
+                net(tokens, use=step != 1).backward()
+        early = 0 if flat.exchange is None else flat.exchange.begun
+        flat.finish_step()
+        norm = ops.grad_norm(flat.counted())
+        if sharded and replicas.size > 1:
+            square = norm.square()
+            dist.all_reduce(square, group=replicas.handle)
+            norm = square.sqrt()
+        norms.append(norm.item())
+        optimizer.step(OPTIM.lr, None, torch.zeros(()))
+        if flat.exchange is not None:
+            flat.exchange.gather()
+    if flat.exchange is not None:
+        flat.exchange.ready()
+    return {name: value.detach().clone() for name, value in net.named_parameters()}, norms, early
+
+
+def replica(dtype: torch.dtype, sharded: bool) -> tuple[dict[str, Tensor], list[float], int]:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    share = 4 // size
+    group = Group(tuple(range(size)), rank, dist.group.WORLD)
+    return train(dtype, slice(rank * share, (rank + 1) * share), group, sharded)
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "whole"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 4])
+def test_replicas_train_as_one(run_on: RunOn, size: int, dtype: torch.dtype, sharded: bool) -> None:
+    expected, norms, _ = train(dtype, slice(0, 4), ALONE, sharded)
+    for found, found_norms, early in run_on(size, replica, dtype, sharded):
+        assert found_norms == pytest.approx(norms, rel=1e-5)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4 if dtype is torch.float32 else 1e-2, atol=1e-5)
+        assert early >= 3, "sums must begin while the backward runs"
