@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     from megapre.config import Optim
 
 
-class Piece(Protocol):
-    """Buffers of one length to update, elements from `start` on of all; moments are `kept` of what the group keeps."""
-
-    start: int
-    kept: slice
-    param: Tensor
-    master: Tensor
-    grad: Tensor
-
-
 class Flat(Protocol):
     """Flat buffers that share a weight decay setting; `master` is `param` where that has none."""
 
@@ -36,8 +26,8 @@ class Flat(Protocol):
     master: Tensor
     kept: int
 
-    def pieces(self) -> Iterable[Piece]:
-        """What this rank updates."""
+    def pieces(self) -> Iterable[tuple[int, slice, Tensor, Tensor, Tensor]]:
+        """What this rank updates: first element, place in moments of `kept` elements, and param, master, grad."""
         ...
 
 
@@ -77,15 +67,15 @@ class AdamW:
         for group, exp_avg, exp_avg_sq, offset in zip(
             self.groups, self.exp_avg, self.exp_avg_sq, self.offsets, strict=False
         ):
-            for piece in group.pieces():
-                update = partial(self.adamw_, piece.param, piece.master)
-                if piece.master.dtype == torch.bfloat16:
+            for start, kept, param, master, grad in group.pieces():
+                update = partial(self.adamw_, param, master)
+                if master.dtype == torch.bfloat16:
                     assert self.stochastic_ is not None, "bf16 weights alone need the op that rounds at random"
-                    update = partial(self.stochastic_, piece.param, seed=self.seed, offset=offset + piece.start)
+                    update = partial(self.stochastic_, param, seed=self.seed, offset=offset + start)
                 update(
-                    exp_avg[piece.kept],
-                    exp_avg_sq[piece.kept],
-                    piece.grad,
+                    exp_avg[kept],
+                    exp_avg_sq[kept],
+                    grad,
                     lr=self.lr,
                     step=self.updates,
                     beta1=self.optim.beta1,

@@ -29,6 +29,11 @@ TIMEOUT = 600.0
 """Seconds after which waiting for another rank is an error, unless an axis has its own."""
 
 
+# torch 2.13 has renamed them.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class CommError(UserError):
     """Ranks that were not started as the layout needs them, a group that could not be made, an option unknown here."""
 
@@ -88,17 +93,21 @@ class Spec(NamedTuple):
     ranks: tuple[int, ...]
 
 
-AXES = ("tp", "cp", "dp", "dp_cp", "pp", "embedding", "send")
+AXES = ("kv", "tp", "cp", "dp", "dp_cp", "pp", "embedding", "send")
 """What options can be given for, in the order of creation."""
 
 
-def order(mesh: Mesh, embedding: bool = False, wrap: bool = False) -> Iterator[Spec]:
+def order(mesh: Mesh, embedding: bool = False, wrap: bool = False, kv: int = 1) -> Iterator[Spec]:
     """Every group of more than one rank, in the order in which all ranks make them.
 
     embedding: first and last rank of each pipeline share a tied embedding. wrap: the last rank of a pipeline also talks
-    to the first, as in interleaved schedules. Within an axis no rank is in two groups that are made at the same time,
-    so each axis is done in one round, and the channels in at most six, however long the pipeline.
+    to the first, as in interleaved schedules. kv: so many neighbours in tp hold the same key-value heads. Within an
+    axis no rank is in two groups that are made at the same time, so each axis is done in one round, and the channels in
+    at most six, however long the pipeline.
     """
+    if kv > 1:
+        lines = mesh.groups("tp")
+        yield from (Spec("kv", line[at : at + kv]) for line in lines for at in range(0, mesh.tp, kv))
     for axis, axes in (("tp", ("tp",)), ("cp", ("cp",)), ("dp", ("dp",)), ("dp_cp", ("dp", "cp")), ("pp", ("pp",))):
         if axis != "dp_cp" or mesh.cp > 1:  # else it is dp
             yield from (Spec(axis, ranks) for ranks in mesh.groups(*axes) if len(ranks) > 1)
@@ -129,8 +138,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of this process. dp_cp averages gradients; `embedding` is None except on the ends of a pipeline that
-    share a tied one; `send[peer]` and `receive[peer]` are the channels to and from the neighbours in the pipeline.
+    """The groups of this process. dp_cp sums gradients; kv holds the same key-value heads; `embedding` is None except
+    on the ends of a pipeline that share a tied one; `send[peer]` and `receive[peer]` are the channels to and from the
+    neighbours in the pipeline.
     """
 
     mesh: Mesh
@@ -138,6 +148,7 @@ class Groups:
     device: torch.device
     world: Group
     tp: Group
+    kv: Group
     cp: Group
     dp: Group
     dp_cp: Group
@@ -174,6 +185,7 @@ def connect(
     *,
     embedding: bool = False,
     wrap: bool = False,
+    kv: int = 1,
     options: Mapping[str, Options] | None = None,
 ) -> Groups:
     """Makes all groups of `mesh` (see `order`) and uses each once; after `join`, on all ranks.
@@ -189,9 +201,9 @@ def connect(
         raise CommError(f"layout: needs {mesh.world} ranks, {running} running:\n{mesh}")
     alone = Group((rank,), 0)
     whole = Group(tuple(range(mesh.world)), rank, dist.group.WORLD) if mesh.world > 1 else alone
-    own = dict.fromkeys(("tp", "cp", "dp", "dp_cp", "pp"), alone)
+    own = dict.fromkeys(("tp", "kv", "cp", "dp", "dp_cp", "pp"), alone)
     ends, send, receive = None, {}, {}
-    for spec in order(mesh, embedding, wrap):
+    for spec in order(mesh, embedding, wrap, kv):
         group = _made(spec, rank, device, options.get(spec.axis, Options()))
         if group is None:
             continue

@@ -237,7 +237,8 @@ class FlatParameters:
 
     `parameters` come in order of use (the order of `model.named_parameters()`), tied parameters once. Those with equal
     `decays(name, parameter)` and `share(name)` are one group. `replicas` hold the same parameters: their gradients are
-    summed and, with `sharded`, each keeps and updates a part of the optimizer's states (ZeRO-1, Rajbhandari et al. 2020).
+    summed and, with `sharded`, each keeps and updates a part of the optimizer's states (ZeRO-1, Rajbhandari et al.
+    2020, arXiv:1910.02054).
     """
 
     def __init__(

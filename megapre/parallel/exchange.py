@@ -1,9 +1,9 @@
 """What replicas of a model tell each other: gradients as they come, and parameters after the update.
 
-A bucket's gradients are summed over the replicas as soon as the last of them is written, while the backward goes on with
-the layers before. How often a gradient is written in a step (once a micro-batch, twice where a parameter is used twice)
-the first step tells; it communicates at its end. Buckets start in one order on every rank, that in which the backward
-completes them: one that is ready early waits for those before it, so that no two ranks can wait for each other.
+A bucket's gradients are summed over the replicas as soon as the last of them is written, while the backward goes on
+with the layers before. How often a gradient is written in a step (once a micro-batch, twice where a parameter is used
+twice) the first step tells; it communicates at its end. Buckets start in one order on every rank, that in which the
+backward completes them: one that is ready early waits for those before it, so that no two ranks wait for each other.
 
 With sharded states a sum goes to the rank that updates it (reduce-scatter), and what is updated comes back (all-gather)
 while the next forward runs: `ready` waits for the parameters of a layer, and is called before the layer reads them.
@@ -20,13 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .comm import all_gather, reduce_scatter
+
 if TYPE_CHECKING:
     from .comm import Group
     from .data import Bucket, FlatGroup
-
-# torch 2.13 has renamed them.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _Part(NamedTuple):

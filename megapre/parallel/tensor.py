@@ -33,13 +33,10 @@ from torch import Tensor, nn
 
 from megapre.kernels.linear import input_gradient, product, weight_gradients
 
+from .comm import all_gather, reduce_scatter
+
 if TYPE_CHECKING:
     from megapre.kernels import Kernels
-
-
-# torch 2.13 has renamed them.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Arriving(NamedTuple):
