@@ -207,6 +207,8 @@ class _Chunked(torch.autograd.Function):
             dweight = x.new_empty(weight.shape, dtype=wide(x.dtype)) if need_dweight else None
         of_chunk, most = partial(_of_shard, shard), MAX_LOGITS[x.device.type]
         losses = in_chunks(x, weight, labels, upstream, of_chunk, most, dx, dweight, accumulate)
+        if upstream is not None:
+            weight.gradient_sink.written()  # type: ignore[attr-defined]
         ctx.needs, ctx.weight_dtype = (need_dx, need_dweight and upstream is None), weight.dtype
         ctx.mark_non_differentiable(losses)
         nothing = losses.new_empty(0)

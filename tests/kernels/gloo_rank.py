@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ranks import SECONDS, Arriving, Gather
+from simulated_ranks import SECONDS, Arriving, Gather
 from torch import Tensor
 
 from megapre import kernels

@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import Gather, as_processes, as_threads
 from rule import close, run, same
+from simulated_ranks import Gather, as_processes, as_threads
+from sink import Sink
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -256,30 +257,25 @@ def test_the_weight_gradient_goes_into_the_sink(total_dtype: torch.dtype) -> Non
     steps = [problem(5, 6, 12, 10, torch.bfloat16, "cpu", seed=1)]
     steps.append(problem(5, 6, 12, 10, torch.bfloat16, "cpu", seed=2)._replace(weight=steps[0].weight))
     expected = sum(sharded(op, step, 2, factor=0.125).dweight.double() for step in steps)
-    totals = [torch.full((height, 6), torch.nan, dtype=total_dtype) for _ in range(2)]
+    sinks = [Sink(torch.empty(height, 6), total_dtype) for _ in range(2)]
 
     def of(rank: int, gather: Gather) -> list[Tensor]:
-        weight, asked = torch.nn.Parameter(steps[0].weight.chunk(2)[rank].clone()), []
-
-        def sink() -> tuple[Tensor, bool]:
-            asked.append(rank)
-            return totals[rank], len(asked) > 1
-
-        weight.gradient_sink = sink  # type: ignore[attr-defined]
+        weight = torch.nn.Parameter(steps[0].weight.chunk(2)[rank].clone())
+        sink = weight.gradient_sink = sinks[rank]  # type: ignore[attr-defined]
         shares = []
         for step in steps:
             x = step.x.clone().requires_grad_()
             op(x, weight, step.labels, gather, height * rank, 10, upstream=upstream).backward(upstream)
             assert x.grad is not None
             shares.append(x.grad)
-        assert weight.grad is None and len(asked) == len(steps)
+        assert weight.grad is None and sink.calls == sink.done == len(steps)
         return shares
 
     shares = as_threads(2, of)
     for at, step in enumerate(steps):
         for rank, share in enumerate(sharded(op, step, 2, factor=0.125).shares):
             torch.testing.assert_close(shares[rank][at], share)
-    total = torch.cat(totals).double()
+    total = torch.cat([sink.total for sink in sinks]).double()
     # Of each step a rounding of logits' gradients and of the sum, in bf16.
     torch.testing.assert_close(total, expected, atol=4 * 2**-8 * float(expected.abs().max()), rtol=0)
     assert not total[10:].any()
@@ -288,7 +284,7 @@ def test_the_weight_gradient_goes_into_the_sink(total_dtype: torch.dtype) -> Non
 def test_a_broken_promise_of_the_upstream_gradient_is_an_error() -> None:
     op = kernels.choose("cpu").vocab_parallel_linear_cross_entropy
     weight = torch.nn.Parameter(torch.ones(4, 3))
-    weight.gradient_sink = lambda: (torch.zeros(4, 3), False)  # type: ignore[attr-defined]
+    weight.gradient_sink = Sink(weight, torch.float32)  # type: ignore[attr-defined]
     x, labels = torch.ones(2, 3, requires_grad=True), torch.tensor([1, 2])
     loss = op(x, weight, labels, lambda stats: stats.unsqueeze(0), 0, 4, upstream=torch.tensor(0.5))
     with pytest.raises(ValueError, match=r"made for upstream = 0\.5, and the backward brings 1\.0"):
