@@ -116,6 +116,20 @@ def test_a_message_under_way_is_enough_for_1f1b(name: str, ranks: int, micro_bat
         assert any("to send it to rank" in line for line in stuck)
 
 
+@settings(max_examples=40)
+@given(
+    name=st.sampled_from(["interleaved", "zb_h1", "zbv", "dualpipev"]),
+    ranks=st.integers(1, 6),
+    chunks=st.integers(2, 4),
+    rounds=st.integers(2, 5),
+)
+def test_a_message_under_way_is_enough_for_chunks(name: str, ranks: int, chunks: int, rounds: int) -> None:
+    """An executor needs one buffer a channel, unless groups are larger than the pipeline."""
+    builder = BUILDERS[name]
+    schedule = build(name, ranks, min(chunks, builder.most or chunks), rounds * ranks)
+    assert check(schedule, unreceived=1) == []
+
+
 def test_in_flight_bound_names_rank_and_action() -> None:
     schedule = build("1f1b", 4, 1, 8)
     assert [peak_in_flight(program) for program in schedule] == [4, 3, 2, 1]
