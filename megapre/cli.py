@@ -57,13 +57,23 @@ def cli() -> None:
 @OVERRIDES
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run folder.")
 @click.option("--print-config", is_flag=True, help="Print the resolved config as TOML and stop.")
-def train(recipe: str, overrides: tuple[str, ...], resume: bool, print_config: bool) -> int:
+@click.option("--dry-run", is_flag=True, help="Print mesh, stages, memory and schedule on world=N ranks and stop.")
+def train(recipe: str, overrides: tuple[str, ...], resume: bool, print_config: bool, dry_run: bool) -> int:
     """Train a model by a recipe.
 
     RECIPE with its KEY=VALUE overrides runs in the folder run.dir/name.
+
+    \b
+    megapre train gpt2-124m data.train=data/text run.steps=1000
+    megapre train llama3-70b layout.pp=4 layout.vpp=2 --dry-run world=1024
     """
     from .config import load, to_toml
 
+    if dry_run:
+        from .observe import dry_run as dry
+
+        world, overrides = dry.world_of(overrides)
+        return dry.run(load(recipe, overrides), world)
     cfg = load(recipe, overrides)
     if print_config:
         click.echo(to_toml(cfg), nl=False)

@@ -138,7 +138,18 @@ def _stages(model: "Model", layout: "Layout") -> Problems:
             f"layout: vpp = {layout.vpp} chunks a rank need a pipeline to interleave in, but pp = 1; "
             f"nearest: vpp 1, pp {next(d for d in [*_divisors(model.layers), 2] if d > 1)}"
         )
-    if model.layers % chunks == 0:
+    if layout.stages:
+        if layout.balance:
+            yield "layout: stages and balance are both given, and balance chooses stages; remove one"
+        given, total = len(layout.stages), sum(layout.stages)
+        if given != chunks or total != model.layers:
+            yield (
+                f"layout: stages = {list(layout.stages)} are {given} stages of {total} layers, but pp*vpp = "
+                f"{layout.pp}*{layout.vpp} = {chunks} stages have model.layers = {model.layers}; nearest: "
+                f"{_even(model.layers, chunks)}"
+            )
+        return
+    if model.layers % chunks == 0 or (layout.balance and model.layers >= chunks):
         return
     pairs = [(pp, vpp) for pp in _divisors(model.layers) for vpp in _divisors(model.layers // pp) if pp > 1 or vpp == 1]
     pairs.sort(key=lambda pair: (abs(math.log(pair[0] / layout.pp)) + abs(math.log(pair[1] / layout.vpp)), pair))
@@ -146,7 +157,15 @@ def _stages(model: "Model", layout: "Layout") -> Problems:
     yield (
         f"layout: {model.layers} layers cannot be cut into pp*vpp = {layout.pp}*{layout.vpp} = {chunks} equal chunks "
         f"({model.layers} % {chunks} = {model.layers % chunks}); nearest: {', '.join(ways)}"
+        f"{', or balance=true for unequal ones' if model.layers > chunks else ''}"
     )
+
+
+def _even(layers: int, stages: int) -> str:
+    """The cut into stages that is nearest to equal, as text, where there is one."""
+    if layers < stages:
+        return f"model.layers {stages}"
+    return f"stages {[layers // stages + (stage < layers % stages) for stage in range(stages)]}"
 
 
 CHUNKS: Mapping[str, tuple[int, float]] = {

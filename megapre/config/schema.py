@@ -144,6 +144,10 @@ class Layout(Section):
     group: Count = knob(
         0, "micro-batches", "interleaved: that pass a chunk before the next chunk's turn; 0 = fewest, mostly pp"
     )
+    stages: Annotated[tuple[Size, ...], BeforeValidator(_listed)] = knob(
+        (), "layers", "of each of the pp * vpp stages, in model order; empty = equally many"
+    )
+    balance: bool = knob(False, description="choose stages so that ranks have equal work, with embedding and head")
     sequence_parallel: bool = knob(True, description="with tp > 1, cut norms and dropouts over the sequence too")
 
     @model_validator(mode="before")

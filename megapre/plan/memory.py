@@ -15,6 +15,7 @@ from ..config import Config, Layout, Model
 from ..schedule import BUILDERS
 from ..schedule.formulas import in_flight
 from . import params
+from .partition import layers_of_rank
 
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 MAX_LOGITS = {"cpu": 2**25, "cuda": 2**29}
@@ -62,7 +63,8 @@ def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu", fuse
     """
     model, layout = cfg.model, cfg.layout
     first, last = ends_held(layout, stage)
-    held = stage_parameters(model, layout.tp, layout.pp, first, last)
+    layers = layers_of_rank(cfg, stage)
+    held = stage_parameters(model, layout.tp, sum(layers), first, last)
     element = ELEMENT[cfg.run.dtype]
     tokens = cfg.batch.micro * cfg.batch.seq_length // layout.cp
     one = layer_activations(model, tokens, element, layout.tp, layout.sequence_parallel)
@@ -77,16 +79,18 @@ def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu", fuse
         gradients=held * ELEMENT[cfg.optim.grad_dtype],
         master=0 if element == 4 or cfg.optim.master == "none" else -(-held * 4 // dp),
         moments=-(-held * 2 * ELEMENT[cfg.optim.moments] // dp),
-        activations=held_chunks * (model.layers // (layout.pp * layout.vpp)) * one + ends,
+        activations=held_chunks * max(layers) * one + ends,  # of unequal chunks at most so much
         logits=logits_bytes(model, tokens, element, layout.tp, device, fused_loss) if last else 0,
     )
 
 
-def stage_parameters(model: Model, tp: int, pp: int, first: bool, last: bool) -> int:
-    """Parameters that one rank holds, padded rows of the vocabulary included. Both ends hold a tied embedding."""
+def stage_parameters(model: Model, tp: int, layers: int, first: bool, last: bool) -> int:
+    """Parameters of one rank with `layers` layers, padded rows of the vocabulary included. Both ends hold a tied
+    embedding.
+    """
     one = params.layer(model, tp)
     table = -(-model.vocab_padded // tp) * model.hidden
-    held = model.layers // pp * (one.attention + one.ffn + one.norms)
+    held = layers * (one.attention + one.ffn + one.norms)
     if first:
         held += table + (model.context * model.hidden if model.positions == "learned" else 0)
     if last:

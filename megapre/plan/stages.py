@@ -8,16 +8,12 @@ memory traffic.
 from dataclasses import dataclass
 
 from ..config import Config
-from ..errors import UserError
 from ..schedule import Costs
 from . import params
 from .memory import ELEMENT, layer_activations
+from .partition import StageError, layers_of_stages
 
 MICRO, GIGA = 1e-6, 1e9
-
-
-class StageError(UserError):
-    """A model that cannot be cut into so many stages."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +27,18 @@ class Rates:
 
 
 def stage_costs(cfg: Config, chunks: int, rates: Rates) -> Costs:
-    """Seconds and bytes of one micro-batch on each of pp * chunks equal stages, on one tensor-parallel rank.
+    """Seconds and bytes of one micro-batch on each of pp * chunks stages, on one tensor-parallel rank.
 
     Raises StageError where the layers cannot be cut so, or the vocabulary is not known.
     """
     model, layout = cfg.model, cfg.layout
-    stages = layout.pp * chunks
-    if model.layers % stages:
-        raise StageError(f"{model.layers} layers % ({layout.pp} * {chunks}) = {model.layers % stages}")
+    cut = layers_of_stages(cfg, chunks)
     if model.vocab == 0:
         raise StageError("model: vocab = 0 is that of the data's tokenizer; set model.vocab to count the head")
-    layers, tokens = model.layers // stages, cfg.batch.micro * cfg.batch.seq_length // layout.cp
+    stages, tokens = len(cut), cfg.batch.micro * cfg.batch.seq_length // layout.cp
     share = tokens / (rates.flops * layout.tp)
-    matrices = 2 * params.layer(model).matrices * share * layers
-    scores = 2 * cfg.batch.seq_length * model.heads * model.head_dim * share * layers  # causal, counted as half
+    matrices = 2 * params.layer(model).matrices * share
+    scores = 2 * cfg.batch.seq_length * model.heads * model.head_dim * share  # causal, counted as half
     head = 2 * model.vocab * model.hidden * share
     element = ELEMENT[cfg.run.dtype]
     stream = tokens * model.hidden / (layout.tp if layout.sequence_parallel else 1)
@@ -53,7 +47,7 @@ def stage_costs(cfg: Config, chunks: int, rates: Rates) -> Costs:
     one = layer_activations(model, tokens, element, layout.tp, layout.sequence_parallel)
 
     def each(layer: float, first: float = 0.0, last: float = 0.0) -> list[float]:
-        return [layer + first * (stage == 0) + last * (stage == stages - 1) for stage in range(stages)]
+        return [n * layer + first * (stage == 0) + last * (stage == stages - 1) for stage, n in enumerate(cut)]
 
     return Costs.of(
         stages,
@@ -61,7 +55,7 @@ def stage_costs(cfg: Config, chunks: int, rates: Rates) -> Costs:
         input=each(matrices + 2 * scores, last=head),
         weights=each(matrices, first=add_up, last=head),
         message=element * stream,
-        kept=each(layers * one, first=8 * tokens),
+        kept=each(one, first=8 * tokens),
         latency=rates.latency,
         bandwidth=rates.link,
     )

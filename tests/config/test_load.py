@@ -127,7 +127,11 @@ def test_nested_tables_are_made_and_taken_away() -> None:
             "model.rope_scaling.factr: no such key; did you mean model.rope_scaling.factor?",
         ),
         ("data.train=[{prefx='a'}]", "data.train.0.prefx: no such key; did you mean data.train.0.prefix?"),
-        ("layout.zz=1", "layout.zz: no such key; known here: cp, dp, group, pp, schedule, sequence_parallel, tp, vpp"),
+        (
+            "layout.zz=1",
+            "layout.zz: no such key; known here: balance, cp, dp, group, pp, schedule, sequence_parallel, stages, "
+            "tp, vpp",
+        ),
         ("model.layers=many", "model.layers: must be a whole number, got 'many'"),
         ("model.layers=1.5", "model.layers: must be a whole number, got 1.5"),
         ("model.layers=true", "model.layers: must be a whole number, got true"),

@@ -17,13 +17,24 @@ BROKEN = [
         "gpt2-124m",
         ["model.layers=26", "layout.pp=4", "layout.vpp=2"],
         "layout: 26 layers cannot be cut into pp*vpp = 4*2 = 8 equal chunks (26 % 8 = 2); nearest: "
-        "model.layers 24 or 32, pp=13 vpp=2, pp=2 vpp=1, pp=13 vpp=1",
+        "model.layers 24 or 32, pp=13 vpp=2, pp=2 vpp=1, pp=13 vpp=1, or balance=true for unequal ones",
     ),
     (
         "gpt2-124m",
         ["layout.pp=4", "layout.vpp=2"],
         "layout: 12 layers cannot be cut into pp*vpp = 4*2 = 8 equal chunks (12 % 8 = 4); nearest: "
-        "model.layers 8 or 16, pp=3 vpp=2, pp=4 vpp=3, pp=6 vpp=2",
+        "model.layers 8 or 16, pp=3 vpp=2, pp=4 vpp=3, pp=6 vpp=2, or balance=true for unequal ones",
+    ),
+    (
+        "gpt2-124m",
+        ["layout.pp=4", "layout.stages=[3, 3, 3]"],
+        "layout: stages = [3, 3, 3] are 3 stages of 9 layers, but pp*vpp = 4*1 = 4 stages have model.layers = 12; "
+        "nearest: stages [3, 3, 3, 3]",
+    ),
+    (
+        "gpt2-124m",
+        ["layout.pp=2", "layout.stages=[7, 5]", "layout.balance=true"],
+        "layout: stages and balance are both given, and balance chooses stages; remove one",
     ),
     (
         "gpt2-124m",

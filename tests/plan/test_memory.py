@@ -22,6 +22,7 @@ from megapre.plan.memory import (
     stage_memory,
     stage_parameters,
 )
+from megapre.plan.params import layer as params_layer
 from megapre.schedule import BUILDERS, build, peak_in_flight
 
 GIB = 2**30
@@ -139,7 +140,7 @@ def layout(recipe: str, **sizes: object) -> Config:
 
 def test_states_are_eighteen_bytes_a_parameter_and_sharded_six_and_twelve() -> None:
     cfg = load("gpt2-124m")
-    held = stage_parameters(cfg.model, 1, 1, first=True, last=True)
+    held = stage_parameters(cfg.model, 1, 12, first=True, last=True)
     one = fullest_rank(cfg)
     assert one.weights + one.gradients + one.master + one.moments == 18 * held
     eight = fullest_rank(cfg, dp=8)
@@ -196,3 +197,14 @@ def test_tensor_and_sequence_parallel_shares() -> None:
     with_whole_norms = layer_activations(model, 8192, 2, tp=8, sequence_parallel=False)
     outer = 8192 * (2 * 4 * model.hidden + 2 * 4)
     assert with_whole_norms * 8 == whole + 7 * outer
+
+
+def test_stages_given_by_the_user_are_what_ranks_hold() -> None:
+    given = layout("llama3-8b", layout_tp=1, layout_pp=4, layout_stages=[9, 9, 8, 6])
+    equal = layout("llama3-8b", layout_tp=1, layout_pp=4)
+    layer = sum(params_layer(equal.model)[:3])
+    for rank, more in enumerate((1, 1, 0, -2)):
+        ours, theirs = stage_memory(given, rank), stage_memory(equal, rank)
+        assert ours.weights - theirs.weights == 2 * more * layer
+        one = layer_activations(equal.model, equal.batch.micro * equal.batch.seq_length, 2)
+        assert ours.activations - theirs.activations == more * one * chunks_in_flight(equal, rank)

@@ -61,19 +61,19 @@ def test_counts_equal_the_models_tensors(shape: dict[str, object]) -> None:
     assert parts.attention == total("qkv", "attn.out")
     assert parts.ffn == total("mlp.")
     assert parts.norms == total("norm")
-    assert stage_parameters(model, 1, 1, first=True, last=True) == sum(sizes.values())
+    assert stage_parameters(model, 1, model.layers, first=True, last=True) == sum(sizes.values())
 
 
 def test_stages_and_tensor_ranks_hold_everything_once() -> None:
     model = load("llama3-8b").model
     norms = model.layers * 2 * model.hidden
     whole = sum(count(model))
-    assert sum(stage_parameters(model, 1, 4, stage == 0, stage == 3) for stage in range(4)) == whole
-    one_of_eight = stage_parameters(model, 8, 1, first=True, last=True)
+    assert sum(stage_parameters(model, 1, 8, stage == 0, stage == 3) for stage in range(4)) == whole
+    one_of_eight = stage_parameters(model, 8, 32, first=True, last=True)
     assert 8 * one_of_eight == whole + 7 * (norms + model.hidden)  # norms are on every tensor rank
 
 
 def test_tied_tables_are_on_both_ends() -> None:
     model = load("llama3-1b").model
-    ends = sum(stage_parameters(model, 1, 2, stage == 0, stage == 1) for stage in range(2))
+    ends = sum(stage_parameters(model, 1, 8, stage == 0, stage == 1) for stage in range(2))
     assert ends == sum(count(model)) + model.vocab * model.hidden

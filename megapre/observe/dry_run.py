@@ -1,0 +1,95 @@
+"""`megapre train --dry-run`: mesh, stages, memory and schedule of a run, worked out and printed. Nothing starts.
+
+No torch, and any number of ranks: what 16,384 GPUs would do is arithmetic.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from itertools import accumulate
+
+from .. import schedule
+from ..config import Config
+from ..errors import UserError
+from ..mesh import Mesh
+from ..plan import find, predict, render
+from ..plan.box import gib
+from ..plan.memory import stage_memory
+from ..plan.partition import balanced, costs, layers_of_stages
+from ..plan.stages import Rates, stage_costs
+from ..schedule.draw import draw, summary
+
+GPU, MFU = "NVIDIA H100 80GB HBM3", 0.5
+"""What times are worked out for. The picture hardly depends on it: it is a matter of ratios."""
+
+
+class DryRunError(UserError):
+    """A world that is not a number of ranks."""
+
+
+def world_of(overrides: Sequence[str]) -> tuple[int, tuple[str, ...]]:
+    """The number of ranks that `world=N` among the overrides says (0: none does), and the others."""
+    worlds = [override.partition("=")[2] for override in overrides if override.startswith("world=")]
+    for text in worlds:
+        if not (text.isascii() and text.isdigit() and int(text)):
+            raise DryRunError(f"world={text}: a number of ranks, as in world=16384")
+    return int(worlds[-1]) if worlds else 0, tuple(o for o in overrides if not o.startswith("world="))
+
+
+def run(cfg: Config, world: int = 0) -> int:
+    """Prints what `cfg` on `world` ranks would be (0: as few as its layout needs). Returns 0.
+
+    Raises MeshError, ConfigError, StageError or ScheduleError for what cannot be.
+    """
+    layout = cfg.layout
+    mesh = Mesh.of(layout, world or layout.model_parallel * max(layout.dp, 1))
+    micro_batches = cfg.batch.micro_batches(mesh.dp)
+    device = find(GPU)
+    assert device is not None
+    rates = Rates(device.bf16 * MFU, device.bandwidth)
+    actions = schedule.build(layout.schedule, layout.pp, layout.vpp, micro_batches, layout.group or None)
+    timeline = schedule.simulate(schedule.checked(actions), stage_costs(cfg, layout.vpp, rates))
+    print(render(predict(cfg, mesh, "cuda", GPU)))
+    if layout.pp == 1:
+        return 0
+    print("", *stage_table(cfg, mesh, actions), "", sep="\n")
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else 100
+    print(draw(timeline, width, terminal), "", summary(timeline), sep="\n")
+    print(f"seconds on {GPU} at {MFU:.0%} of its peak")
+    return 0
+
+
+def stage_table(cfg: Config, mesh: Mesh, actions: schedule.Schedule) -> list[str]:
+    """A line for each rank of a pipeline: layers of its chunks, its share of the work, the memory of one of its ranks.
+
+    Where the ranks' work is unequal, a last line says what stages would balance it.
+    """
+    cut, (one, first, last) = layers_of_stages(cfg), costs(cfg)
+    bounds = [0, *accumulate(cut)]
+    work = [n * one + first * (s == 0) + last * (s == len(cut) - 1) for s, n in enumerate(cut)]
+    held = [[actions.stage_of(rank, chunk) for chunk in range(actions.chunks)] for rank in range(actions.ranks)]
+    totals = [sum(work[stage] for stage in stages) for stages in held]
+    rows = [("rank", "layers", "work", "memory")]
+    for rank, stages in enumerate(held):
+        parts = []
+        for stage in stages:
+            part = f"{bounds[stage]}-{bounds[stage + 1] - 1}" if cut[stage] > 1 else f"{bounds[stage]}"
+            parts.append(f"{'embedding + ' if stage == 0 else ''}{part}{' + head' if stage == len(cut) - 1 else ''}")
+        memory = stage_memory(cfg, rank, mesh.dp * mesh.cp, "cuda").total
+        rows.append((f"pp {rank}", ", ".join(parts), f"{totals[rank] / sum(totals):.1%}", gib(memory)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["   ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    ranks = [actions.holder(stage)[0] for stage in range(len(cut))]
+    better = balanced(cfg.model.layers, ranks, one, first, last)
+    of_rank = [0.0] * actions.ranks
+    for stage, layers in enumerate(better):
+        of_rank[ranks[stage]] += layers * one + first * (stage == 0) + last * (stage == len(cut) - 1)
+    if max(of_rank) < max(totals):
+        lines.append(
+            f"the fullest rank has {max(totals) / sum(totals) * actions.ranks:.3f} times the mean; with "
+            f"layout.balance=true {max(of_rank) / sum(totals) * actions.ranks:.3f}: stages {list(better)}"
+        )
+    return lines

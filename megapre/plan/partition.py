@@ -1,0 +1,80 @@
+"""Which layers each pipeline stage has: equally many, as many as the user says, or as many as balance the ranks.
+
+A step takes as long as the rank with the most work needs. The head is worth layers (2.4 of Llama 3 8B's 32), so that
+equal stages make every other rank wait for the one that holds it.
+"""
+
+from collections.abc import Sequence
+
+from ..config import Config
+from ..errors import UserError
+from ..schedule import BUILDERS, holder
+from . import params
+
+FLOPS_PER_BYTE = 148
+"""FLOPs that take as long as a byte of memory traffic: half of an H100's bf16 peak over its bandwidth. A constant, for
+the cut of a model may not depend on the machine."""
+
+
+class StageError(UserError):
+    """A model that cannot be cut into so many stages."""
+
+
+def layers_of_stages(cfg: Config, chunks: int = 0) -> tuple[int, ...]:
+    """Layers of each stage in model order, for `chunks` a rank (0: layout.vpp).
+
+    These are layout.stages; else balanced with layout.balance; else equal. Raises StageError where the layers cannot be
+    cut so.
+    """
+    layout, layers = cfg.layout, cfg.model.layers
+    chunks = chunks or layout.vpp
+    stages = layout.pp * chunks
+    if layout.stages and len(layout.stages) == stages:
+        return layout.stages
+    if layers < stages or (layers % stages and not layout.balance):
+        raise StageError(f"{layers} layers % ({layout.pp} * {chunks}) = {layers % stages}")
+    if not layout.balance:
+        return (layers // stages,) * stages
+    placement = BUILDERS[layout.schedule].placement
+    ranks = [holder(stage, layout.pp, placement)[0] for stage in range(stages)]
+    return balanced(layers, ranks, *costs(cfg))
+
+
+def layers_of_rank(cfg: Config, rank: int) -> tuple[int, ...]:
+    """Layers of each chunk of pipeline rank `rank`."""
+    placement = BUILDERS[cfg.layout.schedule].placement
+    held = [(holder(stage, cfg.layout.pp, placement), layers) for stage, layers in enumerate(layers_of_stages(cfg))]
+    return tuple(layers for (holds, _), layers in held if holds == rank)
+
+
+def costs(cfg: Config) -> tuple[int, int, int]:
+    """FLOPs a token, forward and backward, of a layer, of the embedding (its memory traffic) and of the head."""
+    model = cfg.model
+    if model.vocab == 0:
+        raise StageError("model: vocab = 0 is that of the data's tokenizer; set model.vocab to count the head")
+    one = 3 * (2 * params.layer(model).matrices + 2 * cfg.batch.seq_length * model.heads * model.head_dim)
+    element = 4 if cfg.run.dtype == "fp32" else 2
+    embedding = FLOPS_PER_BYTE * (3 * element + 8) * model.hidden  # rows read and written; fp32 gradients added up
+    return one, embedding, 6 * model.vocab * model.hidden
+
+
+def balanced(layers: int, ranks: Sequence[int], one: float, first: float, last: float) -> tuple[int, ...]:
+    """Layers of each stage such that the rank with the most work has as little as possible, and each stage a layer.
+
+    ranks[s] holds stage s. A layer costs `one`, and the first and the last stage cost `first` and `last` besides. One
+    layer after the other goes where the rank, and then the stage, will have the least: for equal layers that is
+    optimal. Of equals the later stage gets it, which holds fewer micro-batches at a time.
+    """
+    stages = len(ranks)
+    assert layers >= stages, f"{layers} layers for {stages} stages"
+    cut = [1] * stages
+    work = [one + first * (s == 0) + last * (s == stages - 1) for s in range(stages)]
+    of_rank = [0.0] * (max(ranks) + 1)
+    for stage, rank in enumerate(ranks):
+        of_rank[rank] += work[stage]
+    for _ in range(layers - stages):
+        chosen = min(range(stages), key=lambda s: (of_rank[ranks[s]], work[s], -s))
+        cut[chosen] += 1
+        work[chosen] += one
+        of_rank[ranks[chosen]] += one
+    return tuple(cut)

@@ -1,0 +1,72 @@
+"""`megapre train --dry-run`: what it prints for layouts of any size, what it refuses, that it needs no torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megapre.config import ConfigError, load
+from megapre.mesh import MeshError
+from megapre.observe import dry_run
+from megapre.plan.partition import StageError
+
+
+def test_a_layout_of_sixteen_thousand_ranks_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["layout.tp=8", "layout.pp=16", "layout.vpp=2", "layout.balance=true", "batch.global=2048"]
+    assert dry_run.run(load("llama3-405b", overrides), 16384) == 0
+    out = capsys.readouterr().out
+    assert "16384 ranks = pp 16 x dp 128 x cp 1 x tp 8" in out
+    rows = [line for line in out.splitlines() if line.startswith("pp ")]
+    assert len(rows) == 16
+    assert rows[0].startswith("pp 0    embedding + 0-") and "125 + head" in rows[-1]
+    assert "rank 15 " in out and "interleaved: 16 ranks x 2 chunks, 16 micro-batches: takes" in out
+
+
+def test_every_layer_is_somewhere_and_shares_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run.run(load("llama3-8b", ["layout.pp=4", "layout.tp=1"]))
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("rank   layers"))
+    assert [line.split("   ")[1].strip() for line in lines[start + 1 : start + 5]] == [
+        "embedding + 0-7",
+        "8-15",
+        "16-23",
+        "24-31 + head",
+    ]
+    shares = [float(line.split("%")[0].split()[-1]) for line in lines[start + 1 : start + 5]]
+    assert sum(shares) == pytest.approx(100, abs=0.2) and shares[3] > shares[0] > 20
+    assert lines[start + 5].startswith("the fullest rank has 1.184 times the mean")
+    assert lines[start + 5].endswith("stages [8, 9, 9, 6]")
+
+
+def test_one_stage_needs_no_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run.run(load("gpt2-124m", ["model.vocab=50257"]), 8)
+    out = capsys.readouterr().out
+    assert "8 ranks = pp 1 x dp 8" in out and "rank 0" not in out
+
+
+def test_what_cannot_be_is_told_before_anything_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(MeshError, match="a world of 6 ranks cannot be cut"):
+        dry_run.run(load("llama3-8b", ["layout.pp=4", "layout.tp=1"]), 6)
+    with pytest.raises(ConfigError, match=r"batch: global = 512 sequences cannot be cut"):
+        dry_run.run(load("llama3-8b", ["layout.pp=4", "layout.tp=1"]), 12)
+    with pytest.raises(StageError, match=r"set model.vocab"):
+        dry_run.run(load("llama3-8b", ["layout.pp=4", "model.vocab=0"]))
+    assert capsys.readouterr().out == ""
+
+
+def test_the_world_is_taken_from_the_overrides() -> None:
+    assert dry_run.world_of(["a.b=1", "world=16", "c=2"]) == (16, ("a.b=1", "c=2"))
+    assert dry_run.world_of(["a.b=1"]) == (0, ("a.b=1",))
+    for text in ("0", "-1", "many", "²"):
+        with pytest.raises(dry_run.DryRunError, match="a number of ranks"):
+            dry_run.world_of([f"world={text}"])
+
+
+def test_the_command_line_needs_no_torch() -> None:
+    script = "import sys; sys.modules['torch'] = None\nfrom megapre.cli import main\nmain()"
+    command = [sys.executable, "-c", script, "train", "llama3-8b", "layout.pp=4", "--dry-run", "world=64"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "64 ranks = pp 4" in done.stdout
+    refused = subprocess.run([*command[:-2], "world=64"], capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and "world: no such key" in refused.stderr
