@@ -139,9 +139,8 @@ class Executor:
         posted: dict[int, Receive] = {}
         here: dict[int, Tensor] = {}  # what waits for another chunk of this rank. Popped on use: freed soon
         for at, (step, call) in enumerate(zip(self.steps, self._calls, strict=True)):
-            for peer, event in step.posts:
-                assert pipes is not None
-                posted[event] = pipes.post(peer)
+            for way in step.posts:
+                posted[way.event] = self._post(at, way.peer)
             if trace is not None:
                 trace.mark()
             receive, tensor = None, None
@@ -210,6 +209,13 @@ class Executor:
             f"{place}, waits for {sent[step.receives.event]} of {self.pipes.name(peer)}, from which it took "
             f"{len(taken)} of {len(sent)} messages so far{last}"
         )
+
+    def _post(self, at: int, peer: int) -> Receive:
+        assert self.pipes is not None
+        try:
+            return self.pipes.post(peer)
+        except PipelineError as error:
+            raise PipelineError(f"{self.where(at)}; cannot receive from {self.pipes.name(peer)}: {error}") from error
 
     def _take(self, at: int, receive: Receive) -> Tensor:
         assert self.pipes is not None

@@ -78,7 +78,8 @@ class Pipes:
     def post(self, peer: int) -> Receive:
         """Begins to receive the next message of `peer`."""
         tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        work = dist.irecv(tensor, group=self._receive[peer].handle, group_src=0)
+        with self._waiting():
+            work = dist.irecv(tensor, group=self._receive[peer].handle, group_src=0)
         assert work is not None, "irecv without a group"
         return Receive(work, tensor)
 

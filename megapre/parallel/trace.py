@@ -10,9 +10,11 @@ what the measured step loses beyond is communication and unevenness in time.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megapre.schedule import Action, Costs, Schedule, Timeline, simulate
+from megapre.schedule.trace import trace as events_of
 
 from .comm import Group
 
@@ -100,3 +103,17 @@ def measured(schedule: Schedule, records: Sequence[Sequence[Record]]) -> Timelin
 def simulated(timeline: Timeline) -> Timeline:
     """The same schedule as the simulation has it, with the costs of `timeline` and messages that take no time."""
     return simulate(timeline.schedule, timeline.costs)
+
+
+def write(timelines: Mapping[str, Timeline], path: str | Path) -> None:
+    """One file for Perfetto (ui.perfetto.dev): under each name a timeline, from the same time zero.
+
+    Such as {"measured": timeline, "simulated": simulated(timeline)}, or the pipelines of several data-parallel ranks.
+    """
+    events = []
+    for number, (name, timeline) in enumerate(timelines.items()):
+        for event in events_of(timeline):
+            if event["name"] == "process_name":
+                event = event | {"args": {"name": f"{timeline.schedule.name}, {name}"}}
+            events.append(event | {"pid": number})
+    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n", encoding="utf-8")
