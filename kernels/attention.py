@@ -14,6 +14,8 @@ Shapes   q, o [B, Sq, N, D]; k, v [B, Sk, K, D]; lse [B, N, Sq] fp32. Head n of 
 Forward  4 D FLOPs per (query, visible key, head). Backward 10 D: five products, one of which is the forward's again.
 Bytes    q, k, v, o once forward; these and do, dq, dk, dv backward. Scores never leave the chip in a fused kernel.
 Floor    products: FLOPs / product rate, for all but the shortest sequences.
+Memory   on the CPU the backward sums dk and dv of a key head in fp32, 8 Sk D bytes, once for each thread; less than
+         twice that where B K is no multiple of the threads.
 
 SDPA is torch's registered op: fake tensors, autograd and torch.compile come with it, and on CUDA it picks cuDNN,
 FlashAttention or the memory-efficient kernel by itself. Documents on the CPU are cut apart and attended one by one:

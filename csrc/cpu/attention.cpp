@@ -149,13 +149,18 @@ Attention describe(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   };
 }
 
-// Parts that the queries of a key head are cut into: one while the key heads of the batch keep the threads busy.
-int64_t parts_of(const Attention& op, int64_t batch) {
+// Bytes that the sums of all parts may take together for the sake of balance alone; more only to give each thread a part.
+constexpr int64_t kSumsBytes = 64 << 20;
+
+// Parts that the queries of a key head are cut into, each of which keeps `bytes` until all are there: one while the key
+// heads of the batch keep the threads busy. All parts together hold less than twice as much as one for each thread.
+int64_t parts_of(const Attention& op, int64_t batch, int64_t bytes) {
   const int64_t whole = batch * op.key_heads, threads = at::get_num_threads();
   if (whole % threads == 0 || whole >= 4 * threads) {
     return 1;
   }
-  return std::min(at::divup(4 * threads, whole), op.group() * op.query_tiles());
+  const int64_t held = std::max(at::divup(threads, whole), kSumsBytes / std::max<int64_t>(whole * bytes, 1));
+  return std::min({at::divup(4 * threads, whole), held, op.group() * op.query_tiles()});
 }
 
 // Units in the order of batch rows, key heads and parts; the parts of a key head have about equal work.
@@ -226,7 +231,7 @@ std::tuple<at::Tensor, at::Tensor> attention(
   op.o = heads_of(o);
   op.lse = lse.data_ptr<float>();
   const AttentionForward& kernels = MEGAPRE_CHOOSE(attention_forward);
-  const std::vector<AttentionUnit> units = units_of(op, spans, q.size(0), parts_of(op, q.size(0)));
+  const std::vector<AttentionUnit> units = units_of(op, spans, q.size(0), parts_of(op, q.size(0), 0));
   const int64_t count = static_cast<int64_t>(units.size()), threads = std::min<int64_t>(at::get_num_threads(), count);
   const Workspace space(threads, kernels.space(op), q);
   for_units(op, count, threads, [&](int64_t unit, int64_t thread) { kernels.run(op, units[unit], space.of(thread)); });
@@ -267,12 +272,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
   op.dk = heads_of(dk);
   op.dv = heads_of(dv);
   const AttentionBackward& kernels = MEGAPRE_CHOOSE(attention_backward);
-  const int64_t parts = parts_of(op, q.size(0));
+  const int64_t bytes = sums_size(op) * static_cast<int64_t>(sizeof(float)), parts = parts_of(op, q.size(0), bytes);
   const std::vector<AttentionUnit> units = units_of(op, spans, q.size(0), parts);
   const int64_t count = static_cast<int64_t>(units.size()), threads = std::min<int64_t>(at::get_num_threads(), count);
   const Workspace space(threads, kernels.space(op), q);
   // With several parts to a key head their sums are kept until all are there; then they are added in their order.
-  const int64_t bytes = sums_size(op) * static_cast<int64_t>(sizeof(float));
   const Workspace sums(parts == 1 ? threads : count, bytes, q);
   for_units(op, count, threads, [&](int64_t unit, int64_t thread) {
     float* own = reinterpret_cast<float*>(sums.of(parts == 1 ? thread : unit));

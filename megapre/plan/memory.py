@@ -48,7 +48,9 @@ class Memory:
 def fullest_rank(cfg: Config, dp: int = 1, device: str = "cpu", fused_loss: bool = True) -> Memory:
     """Memory of the pipeline stage that needs most. `dp` counts all ranks that share gradients (dp * cp).
 
-    What the process itself takes (the interpreter, libraries, a CUDA context) and allocator fragmentation come on top.
+    What the process itself takes (the interpreter, libraries, a CUDA context), allocator fragmentation and what kernels
+    hold while they run come on top. The most of the last is attention's on a CPU, which sums dk and dv of a head in
+    fp32 for every thread: 8 * seq_length * head_dim bytes a thread, at most twice that.
     """
     stages = (stage_memory(cfg, stage, dp, device, fused_loss) for stage in range(cfg.layout.pp))
     return max(stages, key=lambda memory: memory.total)

@@ -153,6 +153,21 @@ def test_many_tiles_fill_and_empty_the_cache_share(ops: Any) -> None:
         torch.testing.assert_close(got, total, atol=1e-4, rtol=1e-5)
 
 
+def test_sums_of_parts_stay_few(ops: Any) -> None:
+    """Sums over queries of dk and dv: one key head and many threads must not hold one for every cut of the work."""
+    length, dim, threads = 4096, 256, 16
+    one = 2 * length * dim * 4
+    q, k, v = qkv(1, length, length, 1, 1, dim, torch.bfloat16)
+    settings = (True, None, 64, 0.1)
+    torch.set_num_threads(threads)
+    o, lse = ops.attention(q, k, v, *settings)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        ops.attention_backward(q, None, q, k, v, o, lse, *settings)
+    torch.set_num_threads(1)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert threads * one <= largest < 2 * threads * one
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores_and_poison(ops: Any, dtype: torch.dtype) -> None:
     """Scores of thousands neither overflow nor vanish; a NaN reaches the queries that see it, or at most their tile."""
