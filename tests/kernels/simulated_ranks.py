@@ -1,13 +1,9 @@
-"""Ranks of a group: as threads of this process, and as processes of their own that talk through gloo."""
+"""Ranks that are threads of one process: cheap enough for hypothesis."""
 
 import itertools
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -61,7 +57,7 @@ class Board:
             self.changed.notify_all()
 
 
-def as_threads(ranks: int, function: Callable[[int, Gather], T]) -> list[T]:
+def run_threads(ranks: int, function: Callable[[int, Gather], T]) -> list[T]:
     """function(rank, gather) of every rank. The first failure ends all."""
     board = Board(ranks)
 
@@ -81,24 +77,3 @@ def as_threads(ranks: int, function: Callable[[int, Gather], T]) -> list[T]:
     for failure in sorted(failures, key=lambda failure: "not every rank took part" in str(failure)):
         raise failure
     return [future.result() for future in futures]
-
-
-def as_processes(ranks: int, script: Path, arguments: Sequence[str], seconds: float = 300.0) -> None:
-    """Runs `script rank ranks *arguments` for every rank. When one fails, or time is up, the others are ended."""
-    command = [sys.executable, str(script)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(ranks), *arguments], stderr=subprocess.PIPE, text=True)
-        for rank in range(ranks)
-    ]
-    end = time.monotonic() + seconds
-    while any(process.poll() is None for process in processes) and time.monotonic() < end:
-        if any(process.poll() for process in processes):
-            break
-        time.sleep(0.05)
-    codes = [process.poll() for process in processes]
-    for process in processes:
-        process.kill()
-    said = [process.communicate()[1] for process in processes]
-    for rank, code in enumerate(codes):
-        assert not code, f"rank {rank} of {ranks} failed:\n{said[rank][-3000:]}"
-    assert None not in codes, f"{ranks} ranks did not end in {seconds} s"

@@ -5,15 +5,16 @@ The ranks are threads, except where gloo carries the statistics between processe
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import RankError, RunOn
 from rule import close, run, same
-from simulated_ranks import Gather, as_processes, as_threads
+from simulated_ranks import Arriving, Gather, run_threads
 from sink import Sink
 from torch import Tensor
 from torch.nn import functional as F
@@ -69,7 +70,7 @@ def sharded(op: Op, given: Problem, ranks: int, *terms: float, factor: float = 1
         assert not losses.requires_grad
         return [loss.detach(), losses, *torch.autograd.grad(loss * factor, (x, weight))]
 
-    loss, losses, shares, dweights = (list(parts) for parts in zip(*as_threads(ranks, of), strict=True))
+    loss, losses, shares, dweights = (list(parts) for parts in zip(*run_threads(ranks, of), strict=True))
     assert same(loss[1:], loss[:-1]) and same(losses[1:], losses[:-1]), "ranks disagree"
     dx = torch.stack([share.double() for share in shares]).sum(0).to(given.x.dtype)
     return Result(loss[0], losses[0], dx, torch.cat(dweights), shares)
@@ -200,7 +201,7 @@ def test_shards_without_probability(device: str, implementation: str) -> None:
             loss = op(x, shard, labels, gather, 4 * rank, 12)
             return [loss.detach(), *torch.autograd.grad(loss, shard)]
 
-        results = as_threads(3, of)
+        results = run_threads(3, of)
         torch.testing.assert_close(results[0][0], F.cross_entropy(x @ weight.T, labels, reduction="sum"))
         dweight = torch.cat([result[1] for result in results])
         assert dweight.isfinite().all() and not dweight[[0, 1, 2, 3, 7, 8, 9, 10, 11]].any()
@@ -227,7 +228,7 @@ def test_only_the_wanted_gradients_are_made(device: str, implementation: str) ->
         assert not loss.requires_grad and not op(x, weight, *arguments).requires_grad
         return [dx, dweight, loss]
 
-    results = as_threads(2, of)
+    results = run_threads(2, of)
     assert same([r[0] for r in results], both.shares) and torch.equal(torch.cat([r[1] for r in results]), both.dweight)
     assert torch.equal(results[0][2], both.loss)
     assert calls.count(0) == calls.count(1), "every call takes part in the same collectives"
@@ -271,7 +272,7 @@ def test_the_weight_gradient_goes_into_the_sink(total_dtype: torch.dtype) -> Non
         assert weight.grad is None and sink.calls == sink.done == len(steps)
         return shares
 
-    shares = as_threads(2, of)
+    shares = run_threads(2, of)
     for at, step in enumerate(steps):
         for rank, share in enumerate(sharded(op, step, 2, factor=0.125).shares):
             torch.testing.assert_close(shares[rank][at], share)
@@ -338,44 +339,57 @@ def test_a_failing_rank_ends_the_others() -> None:
 
     begun = time.monotonic()
     with pytest.raises(OverflowError, match="out of everything"):
-        as_threads(2, of)
+        run_threads(2, of)
     assert time.monotonic() - begun < 10
 
 
 # Between processes, over gloo
-
-ACROSS = 4
-"""Processes. They compute as two groups of two and as one of four."""
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, list[Tensor]]]:
-    folder = tmp_path_factory.mktemp("gloo")
-    torch.save({**across()._asdict(), "vocab": torch.tensor(across().vocab)}, folder / "case.pt")
-    as_processes(ACROSS, Path(__file__).parent / "gloo_rank.py", [str(folder)])
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ACROSS)]
 
 
 def across() -> Problem:
     return problem(30, 16, 48, 45, torch.float32, "cpu")
 
 
+def of_this_rank() -> list[Tensor]:
+    """Loss, losses, the whole gradient of x, and that of this rank's rows of the weight."""
+    given, rank, ranks = across(), dist.get_rank(), dist.get_world_size()
+
+    def gather(stats: Tensor) -> Arriving:
+        out = stats.new_empty(ranks, *stats.shape)
+        work = dist.all_gather_into_tensor(out.flatten(0, 1), stats, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return out
+
+        return Arriving(wait)
+
+    op = kernels.choose("cpu").vocab_parallel_linear_cross_entropy
+    x, weight = given.x.requires_grad_(), given.weight.chunk(ranks)[rank].clone().requires_grad_()
+    columns = rank * len(weight), given.vocab
+    loss, losses = op(x, weight, given.labels, gather, *columns, IGNORE, 0.1, 1e-3, return_losses=True)
+    dx, dweight = torch.autograd.grad(loss, (x, weight))
+    dist.all_reduce(dx)
+    return [loss.detach(), losses, dx, dweight]
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_processes(processes: list[dict[int, list[Tensor]]], ranks: int) -> None:
-    results = [of_rank[ranks] for of_rank in processes]
+def test_processes(run_on: RunOn, ranks: int) -> None:
+    results = run_on(ranks, of_this_rank)
     for other in results[1:]:
         assert same(other[:3], results[0][:3]), "ranks disagree"
-    found = [*results[0][:3], torch.cat([result[3] for result in results[:ranks]])]
+    found = [*results[0][:3], torch.cat([result[3] for result in results])]
     torchs, exact = (own(across(), 0.1, 1e-3, dtype) for dtype in (torch.float32, torch.float64))
     for name, g, t, e in zip(("loss", "losses", "dx", "dweight"), found, torchs, exact, strict=True):
         close(g, t, e, name)
 
 
-def test_a_process_that_fails_or_hangs_leaves_nobody_waiting(tmp_path: Path) -> None:
-    begun, script = time.monotonic(), tmp_path / "script.py"
-    script.write_text("import sys, time\nif sys.argv[1] == sys.argv[3]: sys.exit('enough')\ntime.sleep(300)")
-    with pytest.raises(AssertionError, match="rank 1 of 2 failed:\nenough"):
-        as_processes(2, script, ["1"])
-    with pytest.raises(AssertionError, match=r"2 ranks did not end in 0\.5 s"):
-        as_processes(2, script, ["none"], seconds=0.5)
-    assert time.monotonic() - begun < 60
+def gather_with_one_rank_less() -> None:
+    if dist.get_rank() == 1:
+        raise OverflowError("out of everything")
+    of_this_rank()
+
+
+def test_a_process_that_fails_leaves_nobody_waiting(run_on: RunOn) -> None:
+    with pytest.raises(RankError, match=r"rank 1 of 2 failed:(.|\n)*out of everything"):
+        run_on(2, gather_with_one_rank_less)
