@@ -76,8 +76,14 @@ TORCH_LIBRARY(megapre, m) {
   m.def(
       "linear_weight_gradient_(Tensor(a!) dweight, Tensor(b!)? dbias, Tensor dy, Tensor x, bool accumulate) -> ()");
 
+  // Rows of weight by id, counted from vocab_start on; zeros for the ids of rows that are not in it. `vocab` counts the
+  // whole vocabulary, and is null where weight holds the last of it.
+  m.def("embedding(Tensor ids, Tensor weight, int vocab_start=0, int? vocab=None) -> Tensor");
+
   // total [rows, width] gets, or where `accumulate` has added to it, the sums of the rows of dy of equal ids.
-  m.def("embedding_gradient_(Tensor(a!) total, Tensor dy, Tensor ids, bool accumulate) -> ()");
+  m.def(
+      "embedding_gradient_(Tensor(a!) total, Tensor dy, Tensor ids, bool accumulate, int vocab_start=0,"
+      " int? vocab=None) -> ()");
 
   // Whether this CPU multiplies `dtype` by instructions of its own (bf16: AVX-512 bf16 or AMX).
   m.def("has_products_of(ScalarType dtype) -> bool", [](c10::ScalarType dtype) {

@@ -137,9 +137,8 @@ class VocabEmbedding(nn.Embedding):
         """int64 [B, S] below the rows of all ranks -> [B, S, width]; with `sequence` [T / size, width]."""
         if self.tensor is None:
             return self.ops.embedding(ids, self.weight)  # type: ignore[no-any-return]
-        row = ids - self.tensor.rank * self.num_embeddings
-        here = (row >= 0) & (row < self.num_embeddings)
-        partial = self.ops.embedding(row.where(here, 0), self.weight) * here.unsqueeze(-1)
+        rows = self.num_embeddings
+        partial = self.ops.embedding(ids, self.weight, self.tensor.rank * rows, self.tensor.size * rows)
         return leave(partial.flatten(0, 1) if self.tensor.sequence else partial, self.tensor)
 
 

@@ -97,11 +97,15 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
             (torch.zeros(5, 8, device=device), sums, leaf(3, 5).detach(), leaf(3, 8).detach(), True)
             for sums in (None, torch.zeros(5, device=device))
         ],
-        "embedding": [(target.clamp(0), leaf(9, 12))],
-        "embedding_backward": [(leaf(5, 12).detach(), target.clamp(0), 9)],
+        "embedding": [(target.clamp(0), leaf(9, 12)), (target.clamp(0), leaf(4, 12), 2, 9)],
+        "embedding_backward": [
+            (leaf(5, 12).detach(), target.clamp(0), 9),
+            (leaf(5, 12).detach(), target.clamp(0), 4, 2, 9),
+        ],
         "embedding_gradient_": [
-            (torch.ones(9, 12, device=device), leaf(5, 12).detach(), target.clamp(0), accumulate)
+            (torch.ones(rows, 12, device=device), leaf(5, 12).detach(), target.clamp(0), accumulate, *shard)
             for accumulate in (True, False)
+            for rows, *shard in ((9, 0, None), (4, 2, 9))
         ],
         "cross_entropy": [(leaf(5, 11), target, *SETTINGS), (leaf(11, 5).T, target, *SETTINGS)],
         "cross_entropy_backward": [
@@ -212,7 +216,10 @@ def calls(device: str) -> dict[str, list[tuple[Call, list[tuple[int, ...]]]]]:
     documents = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
     qkv = [(2, 4, 4, 4), (2, 4, 2, 4), (2, 4, 2, 4)]
     return {
-        "embedding": [(lambda op: lambda w: op(target.clamp(0), w), [(9, 8)])],
+        "embedding": [
+            (lambda op: lambda w: op(target.clamp(0), w), [(9, 8)]),
+            (lambda op: lambda w: op(target.clamp(0), w, 2, 9), [(4, 8)]),
+        ],
         "linear": [
             (lambda op: lambda x, w, b: op(x, w, b), [(2, 3, 8), (5, 8), (5,)]),
             (lambda op: lambda x, w: op(x, w), [(3, 8), (5, 8)]),

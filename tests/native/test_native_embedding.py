@@ -1,4 +1,4 @@
-"""The C++ sum of the embedding's gradient: fp64, layouts, empty, poison, the same bits for any threads, errors."""
+"""The C++ embedding and its gradient's sums: fp64, layouts, empty, poison, the same bits for any threads, errors."""
 
 from typing import Any
 
@@ -50,6 +50,65 @@ def test_any_layout_and_any_threads_give_the_same_bits(ops: Any) -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    tokens=st.integers(0, 90),
+    rows=st.integers(0, 12),
+    width=st.integers(0, 70),
+    start=st.integers(0, 9),
+    beyond=st.integers(0, 9),
+)
+def test_rows_of_a_shard(
+    ops: Any, dtype: torch.dtype, tokens: int, rows: int, width: int, start: int, beyond: int
+) -> None:
+    vocab = start + rows + beyond
+    ids = torch.randint(max(vocab, 1), (tokens,), generator=torch.Generator().manual_seed(tokens))
+    ids = ids if vocab else ids[:0]
+    whole = drawn(1, vocab, width, dtype=dtype)
+    here = (ids >= start) & (ids < start + rows)
+    expected = whole[ids].where(here.unsqueeze(1), 0.0)
+    home = torch.full((rows, width + 9), torch.nan, dtype=dtype)
+    home[:, 4 : width + 4] = whole[start : start + rows]
+    for weight in (whole[start : start + rows].clone(), home[:, 4 : width + 4], home.T.clone().T[:, 4 : width + 4]):
+        for given_ids in (ids, ids.repeat_interleave(2)[::2]):
+            assert torch.equal(ops.embedding(given_ids, weight, start, vocab), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    tokens=st.integers(0, 90),
+    rows=st.integers(1, 9),
+    width=st.integers(1, 70),
+    start=st.integers(0, 12),
+    accumulate=st.booleans(),
+)
+def test_gradient_of_a_shard(
+    ops: Any, dtype: torch.dtype, tokens: int, rows: int, width: int, start: int, accumulate: bool
+) -> None:
+    """The bits are those of the shard's rows of the whole gradient."""
+    ids = torch.randint(21, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    dy = drawn(1, tokens, width, dtype=dtype)
+    for total_dtype in {dtype, acc(dtype)}:
+        whole = drawn(2, 21, width, dtype=total_dtype)
+        total = (
+            whole[start : start + rows].clone() if accumulate else torch.full((rows, width), torch.nan).to(total_dtype)
+        )
+        ops.embedding_gradient_(whole, dy, ids, accumulate)
+        ops.embedding_gradient_(total, dy, ids, accumulate, start, 21)
+        assert torch.equal(total, whole[start : start + rows])
+
+
+def test_many_rows_for_any_threads(ops: Any) -> None:
+    ids = torch.randint(400, (3, 1000), generator=torch.Generator().manual_seed(0))
+    weight = drawn(1, 100, 320, dtype=torch.bfloat16)
+    expected = torch.zeros(400, 320, dtype=torch.bfloat16)
+    expected[150:250] = weight
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(ops.embedding(ids, weight, 150, 400), expected[ids])
+    torch.set_num_threads(1)
+
+
 def test_errors_have_numbers(ops: Any) -> None:
     total, dy, ids = torch.ones(4, 3), torch.ones(2, 3), torch.tensor([0, 4])
     with pytest.raises(IndexError, match=r"id 4 of token 1 lies outside \[0, 4\)"):
@@ -65,3 +124,14 @@ def test_errors_have_numbers(ops: Any) -> None:
         ops.embedding_gradient_(torch.ones(1, 3).expand(5, 3), dy, ids, True)
     with pytest.raises(TypeError, match="ids are Int, not int64"):
         ops.embedding_gradient_(total, dy, ids.int(), True)
+    with pytest.raises(TypeError, match="ids are Int, not int64"):
+        ops.embedding(ids.int(), total)
+    with pytest.raises(ValueError, match=r"the table is \[4\]; \[rows, width\] is needed"):
+        ops.embedding(ids, total[:, 0])
+    with pytest.raises(IndexError, match=r"id 4 of token 1 lies outside \[0, 4\)"):
+        ops.embedding(ids, total)
+    for op, arguments in ((ops.embedding, (ids, total)), (ops.embedding_gradient_, (total, dy, ids, True))):
+        with pytest.raises(IndexError, match=r"id 4 of token 1 lies outside \[0, 3\)"):
+            op(*arguments, 2, 3)
+        with pytest.raises(ValueError, match="a shard of 4 rows from row -2 on of 9; neither can be negative"):
+            op(*arguments, -2, 9)
