@@ -206,6 +206,15 @@ def _schedule(layout: "Layout", batch: "Batch") -> Problems:
         )
 
 
+def _recompute(layout: "Layout") -> Problems:
+    for name, given in (("recompute_layers", layout.recompute_layers), ("recompute_group", layout.recompute_group - 1)):
+        if given and "block" not in layout.recompute:
+            yield (
+                f"layout: {name} = {getattr(layout, name)} is for recompute = ['block'], but that is "
+                f"{list(layout.recompute)}; nearest: recompute block, or {name} {1 if name.endswith('group') else 0}"
+            )
+
+
 def _tensor(model: "Model", layout: "Layout") -> Problems:
     tp = layout.tp
     for name, value in (("heads", model.heads), ("ffn", model.ffn)):
@@ -369,6 +378,7 @@ RULES: tuple[Callable[..., Problems], ...] = (
     _sequence,
     _stages,
     _schedule,
+    _recompute,
     _tensor,
     _context,
     _batch,

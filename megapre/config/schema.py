@@ -149,6 +149,11 @@ class Layout(Section):
     )
     balance: bool = knob(False, description="choose stages so that ranks have equal work, with embedding and head")
     sequence_parallel: bool = knob(True, description="with tp > 1, cut norms and dropouts over the sequence too")
+    recompute: Annotated[tuple[Literal["norm", "activation", "block"], ...], BeforeValidator(_listed)] = knob(
+        (), description="what the backward computes again instead of keeping it; block = all within a layer"
+    )
+    recompute_layers: Count = knob(0, "layers", "with block: of each chunk so many, from its first; 0 = all")
+    recompute_group: Size = knob(1, "layers", "with block: so many in a row keep one input together")
 
     @model_validator(mode="before")
     @classmethod

@@ -17,15 +17,18 @@ products have round shapes; they are zero, no token reads them and no gradient r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from megapre.model.cut import CUT, local
 from megapre.model.embedding import Embedding
 from megapre.model.errors import ModelError
+from megapre.model.recompute import Recompute, forgetting
 from megapre.model.rope import Rotary
 from megapre.parallel.tensor import ColumnLinear, RowLinear, VocabEmbedding, enter
 
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 
 
 Like = dict[str, Any]  # what every parameter is made like: its dtype and device
+Again = Callable[[], Tensor] | None  # makes a layer's input again; None: the layer keeps it
+NOTHING = Recompute()
 
 
 class Places(NamedTuple):
@@ -118,8 +123,9 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(cfg, make) if cfg.qk_norm else None
         self.out = make.linear("attn.out", cfg.heads * cfg.head_dim, cfg.hidden, cfg.bias)
 
-    def forward(self, x_BSH: Tensor, places: Places, cache: LayerCache | None) -> Tensor:
-        qkv = self.qkv(x_BSH).view(*places.shape, -1, self.head_dim)
+    def forward(self, x_BSH: Tensor, again: Again, places: Places, cache: LayerCache | None) -> Tensor:
+        with forgetting(x_BSH, again):
+            qkv = self.qkv(x_BSH).view(*places.shape, -1, self.head_dim)
         q_BSND, k_BSKD, v_BSKD = self.turned(qkv, places)
         if cache is not None:
             k_BSKD, v_BSKD = cache.extend(k_BSKD, v_BSKD)
@@ -148,8 +154,12 @@ class GeluMLP(nn.Module):
         self.up = make.linear("mlp.up", cfg.hidden, cfg.ffn, cfg.bias)
         self.down = make.linear("mlp.down", cfg.ffn, cfg.hidden, cfg.bias)
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        return self.down(self.ops.gelu(self.up(x_BSH)))
+    def forward(self, x_BSH: Tensor, again: Again, forget: bool) -> Tensor:
+        with forgetting(x_BSH, again):
+            up_BSF = self.up(x_BSH)
+        y_BSF, kept = self.ops.gelu(up_BSF), up_BSF.detach()
+        with forgetting(y_BSF, (lambda: self.ops.gelu(kept)) if forget else None):
+            return self.down(y_BSF)
 
 
 class GatedMLP(nn.Module):
@@ -161,8 +171,12 @@ class GatedMLP(nn.Module):
         self.gate_up = make.linear("mlp.gate_up", cfg.hidden, 2 * cfg.ffn, cfg.bias)
         self.down = make.linear("mlp.down", cfg.ffn, cfg.hidden, cfg.bias)
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate_up(x_BSH)))
+    def forward(self, x_BSH: Tensor, again: Again, forget: bool) -> Tensor:
+        with forgetting(x_BSH, again):
+            gate_up_BSF = self.gate_up(x_BSH)
+        y_BSF, kept = self.activation(gate_up_BSF), gate_up_BSF.detach()
+        with forgetting(y_BSF, (lambda: self.activation(kept)) if forget else None):
+            return self.down(y_BSF)
 
 
 class Block(nn.Module):
@@ -174,12 +188,20 @@ class Block(nn.Module):
         self.norm2, self.mlp = norm(cfg, make), mlp(cfg, make)
 
     def forward(
-        self, x_BSH: Tensor, residual_BSH: Tensor | None, places: Places, cache: LayerCache | None = None
+        self,
+        x_BSH: Tensor,
+        residual_BSH: Tensor | None,
+        places: Places,
+        cache: LayerCache | None = None,
+        recompute: Recompute = NOTHING,
     ) -> tuple[Tensor, Tensor]:
         """One layer on the stream x + residual (residual None: x alone); returns the next such pair."""
-        y_BSH, stream_BSH = self.norm1(x_BSH, residual_BSH)
-        y_BSH, stream_BSH = self.norm2(self.attn(y_BSH, places, cache), stream_BSH)
-        return self.mlp(y_BSH), stream_BSH
+        y_BSH, first_BSH = self.norm1(x_BSH, residual_BSH)
+        again = _again(self.norm1, first_BSH) if recompute.norm else None
+        x_BSH = self.attn(y_BSH, again, places, cache)
+        y_BSH, second_BSH = self.norm2(x_BSH, first_BSH)
+        again = _again(self.norm2, second_BSH) if recompute.norm else None
+        return self.mlp(y_BSH, again, recompute.activation), second_BSH
 
 
 class Piece(NamedTuple):
@@ -207,9 +229,10 @@ class Transformer(nn.Module):
         device: torch.device | str = "cpu",
         tensor: TensorGroup | None = None,
         piece: Piece | None = None,
+        recompute: Recompute = NOTHING,
     ) -> None:
         super().__init__()
-        self.cfg, self.ops, self.tensor = cfg, ops, tensor
+        self.cfg, self.ops, self.tensor, self.recompute = cfg, ops, tensor, recompute
         self.piece = Piece(True, range(cfg.layers), True) if piece is None else piece
         make = Make(ops, {"dtype": dtype, "device": device}, tensor)
         size = 1 if tensor is None else tensor.size
@@ -324,12 +347,18 @@ class Transformer(nn.Module):
             return x + self.positions(places.positions_BS)
         return x + self.positions.weight[places.start : places.start + places.shape[1]]
 
-    def run_blocks(self, x_BSH: Tensor, places: Places, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
-        residual_BSH = None
-        for index, block in enumerate(self.blocks):
+    def run_blocks(self, x: Tensor, places: Places, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """All blocks of this piece. Returns (x, residual), whose sum is the stream."""
+        blocks, residual = list(self.blocks), None
+        whole = min(self.recompute.blocks, len(blocks)) if torch.is_grad_enabled() else 0
+        for start in range(0, whole, self.recompute.group):
+            stream = x if residual is None else x + residual
+            part = blocks[start : min(start + self.recompute.group, whole)]
+            x, residual = checkpoint(_run_in_turn, part, stream, places, use_reentrant=False)
+        for index, block in enumerate(blocks[whole:], start=whole):
             layer_cache = None if cache is None else cache.layer(index)
-            x_BSH, residual_BSH = block(x_BSH, residual_BSH, places, layer_cache)
-        return x_BSH, residual_BSH
+            x, residual = block(x, residual, places, layer_cache, self.recompute)
+        return x, residual
 
     @property
     def head_weight(self) -> Tensor:
@@ -350,3 +379,15 @@ class Transformer(nn.Module):
         return self.ops.vocab_parallel_linear_cross_entropy(
             y_TH, weight, labels_T, gather, vocab_start=start, vocab=vocab, upstream=upstream
         )
+
+
+def _again(norm: nn.Module, stream: Tensor) -> Callable[[], Tensor]:
+    kept = stream.detach()  # the norm keeps it too
+    return lambda: norm(kept, None)[0]
+
+
+def _run_in_turn(blocks: list[Block], x: Tensor, places: Places) -> tuple[Tensor, Tensor | None]:
+    residual = None
+    for block in blocks:
+        x, residual = block(x, residual, places)
+    return x, residual

@@ -8,6 +8,7 @@ Legend: B micro-batch, S sequence, T = B*S tokens, H hidden, N query heads, K ke
 Vp padded vocabulary, t tensor, p pipeline and d data parallel ranks.
 """
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Literal, TypeAlias
 
@@ -113,23 +114,35 @@ def ends_held(layout: Layout, stage: int) -> tuple[bool, bool]:
     return stage == 0, stage == (0 if back else layout.pp - 1)
 
 
-def layer_activations(model: Model, tokens: int, element: int, tp: int = 1, sequence_parallel: bool = True) -> int:
+def layer_activations(
+    model: Model,
+    tokens: int,
+    element: int,
+    tp: int = 1,
+    sequence_parallel: bool = True,
+    recompute: Collection[str] = (),
+) -> int:
     """Bytes that one layer of megapre keeps of `tokens` tokens for its backward, on one of `tp` ranks.
 
     Kept: the stream before each norm and the norm's output (4H); qkv, in which rope turns q and k in place; the
     attention's output and its log-sum-exp; the ffn's inner values: before and after gelu, or gate, up and their gated
-    product.
+    product. Of `recompute`, "norm" and "activation" save the outputs of those; "block" keeps the stream (H) alone.
     """
+    share = tp if sequence_parallel else 1
+    if "block" in recompute:
+        return tokens * element * model.hidden // share
     q = model.heads // tp * model.head_dim
     kv = max(model.kv_heads // tp, 1) * model.head_dim
     f = model.ffn // tp
     attention = (q + 2 * kv) + q
-    if model.qk_norm:  # q and k before their norms and, turned, after them
+    heads = model.heads // tp  # log-sum-exp
+    if model.qk_norm:  # q and k before their norms and, turned, after them; 1/rms of each head
         attention += q + kv
-    ffn = 3 * f if model.gated else 2 * f
-    inner = element * (attention + ffn) + 4 * (model.heads // tp)
-    outer = element * 4 * model.hidden + 2 * _norm_statistics(model)
-    return tokens * inner + tokens * outer // (tp if sequence_parallel else 1)
+        heads += model.heads // tp + max(model.kv_heads // tp, 1)
+    ffn = (2 * f if model.gated else f) + (0 if "activation" in recompute else f)
+    inner = element * (attention + ffn) + 4 * heads
+    outer = element * (2 if "norm" in recompute else 4) * model.hidden + 2 * _norm_statistics(model)
+    return tokens * inner + tokens * outer // share
 
 
 def _norm_statistics(model: Model) -> int:
