@@ -70,7 +70,7 @@ def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu", fuse
     held = stage_parameters(model, layout.tp, sum(layers), first, last)
     element = ELEMENT[cfg.run.dtype]
     tokens = cfg.batch.micro * cfg.batch.seq_length // layout.cp
-    one = layer_activations(model, tokens, element, layout.tp, layout.sequence_parallel)
+    kept, at_a_time = chunk_activations(cfg, max(layers))  # of unequal chunks at most so much
     held_chunks = chunks_in_flight(cfg, stage, dp)
     ends = 0
     if first:  # tokens, as int64
@@ -82,7 +82,7 @@ def stage_memory(cfg: Config, stage: int, dp: int = 1, device: str = "cpu", fuse
         gradients=held * ELEMENT[cfg.optim.grad_dtype],
         master=0 if element == 4 or cfg.optim.master == "none" else -(-held * 4 // dp),
         moments=-(-held * 2 * ELEMENT[cfg.optim.moments] // dp),
-        activations=held_chunks * max(layers) * one + ends,  # of unequal chunks at most so much
+        activations=held_chunks * kept + at_a_time + ends,
         logits=logits_bytes(model, tokens, element, layout.tp, device, fused_loss) if last else 0,
     )
 
@@ -112,6 +112,24 @@ def ends_held(layout: Layout, stage: int) -> tuple[bool, bool]:
     """Whether pipeline rank `stage` holds the embedding, and whether the head: with chunks on a V rank 0 has both."""
     back = BUILDERS[layout.schedule].placement == "v" and layout.vpp % 2 == 0
     return stage == 0, stage == (0 if back else layout.pp - 1)
+
+
+def chunk_activations(cfg: Config, layers: int) -> tuple[int, int]:
+    """Bytes that a chunk of `layers` layers keeps of a micro-batch, and what it needs besides in its backward: all that
+    is within the group of blocks that is recomputed at a time.
+    """
+    model, layout = cfg.model, cfg.layout
+    tokens = cfg.batch.micro * cfg.batch.seq_length // layout.cp
+
+    def of_layer(recompute: Collection[str]) -> int:
+        return layer_activations(model, tokens, ELEMENT[cfg.run.dtype], layout.tp, layout.sequence_parallel, recompute)
+
+    if "block" not in layout.recompute:
+        return layers * of_layer(layout.recompute), 0
+    whole = min(layout.recompute_layers or layers, layers)
+    kept = -(-whole // layout.recompute_group) * of_layer(("block",))
+    others = [name for name in layout.recompute if name != "block"]
+    return kept + (layers - whole) * of_layer(others), min(layout.recompute_group, whole) * of_layer(())
 
 
 def layer_activations(

@@ -1,8 +1,8 @@
 """What each pipeline stage takes: FLOPs, bytes and, at a rate, seconds. The costs that a schedule is simulated with.
 
 The gradient of a layer's input (I) costs what its forward does and the attention scores once more; that of its weights
-(W) the matrices alone. The last stage has the head besides, and the first the embedding, which costs no FLOPs but
-memory traffic.
+(W) the matrices alone; a recomputed block adds its forward to I. The last stage has the head besides, and the first the
+embedding, which costs no FLOPs but memory traffic.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..config import Config
 from ..schedule import Costs
 from . import params
-from .memory import ELEMENT, layer_activations
+from .memory import ELEMENT, chunk_activations
 from .partition import StageError, layers_of_stages
 
 MICRO, GIGA = 1e-6, 1e9
@@ -44,7 +44,7 @@ def stage_costs(cfg: Config, chunks: int, rates: Rates) -> Costs:
     stream = tokens * model.hidden / (layout.tp if layout.sequence_parallel else 1)
     look_up = 2 * element * stream / rates.memory
     add_up = (element + 2 * 4) * stream / rates.memory  # fp32 gradients are read and written
-    one = layer_activations(model, tokens, element, layout.tp, layout.sequence_parallel)
+    again = [min(layout.recompute_layers or n, n) if "block" in layout.recompute else 0 for n in cut]
 
     def each(layer: float, first: float = 0.0, last: float = 0.0) -> list[float]:
         return [n * layer + first * (stage == 0) + last * (stage == stages - 1) for stage, n in enumerate(cut)]
@@ -52,10 +52,13 @@ def stage_costs(cfg: Config, chunks: int, rates: Rates) -> Costs:
     return Costs.of(
         stages,
         forward=each(matrices + scores, first=look_up, last=head),
-        input=each(matrices + 2 * scores, last=head),
+        input=[
+            cost + n * (matrices + scores)
+            for cost, n in zip(each(matrices + 2 * scores, last=head), again, strict=True)
+        ],
         weights=each(matrices, first=add_up, last=head),
         message=element * stream,
-        kept=each(one, first=8 * tokens),
+        kept=[chunk_activations(cfg, n)[0] + 8 * tokens * (stage == 0) for stage, n in enumerate(cut)],
         latency=rates.latency,
         bandwidth=rates.link,
     )

@@ -8,6 +8,7 @@ them.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from megapre import kernels, schedule
 from megapre.data import DataError
 from megapre.model.decay import decays
 from megapre.model.init import initialize
+from megapre.model.recompute import Recompute
 from megapre.model.transformer import Transformer
 from megapre.optim.adamw import AdamW
 from megapre.optim.clipping import clip_factor, not_finite
@@ -29,7 +31,7 @@ from .machine import DTYPES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from megapre.config import Config
+    from megapre.config import Config, Layout
     from megapre.data import GlobalBatch, MicroBatch
 
 
@@ -131,7 +133,13 @@ def build_model(cfg: Config, device: torch.device) -> Transformer:
     """The model over the kernels of `device`, its weights not yet set. Raises KernelUnavailable."""
     dtype = DTYPES[cfg.run.dtype]
     ops = kernels.choose(device.type, cfg.kernels, dtype)
-    return Transformer(cfg.model, ops, dtype=dtype, device=device)
+    return Transformer(cfg.model, ops, dtype=dtype, device=device, recompute=recompute_of(cfg.layout))
+
+
+def recompute_of(layout: Layout) -> Recompute:
+    names = layout.recompute
+    blocks = (layout.recompute_layers or sys.maxsize) if "block" in names else 0
+    return Recompute("norm" in names, "activation" in names, blocks, layout.recompute_group)
 
 
 def check_tokens(batch: GlobalBatch, vocab: int) -> None:

@@ -234,6 +234,12 @@ BROKEN = [
     ),
     (
         "gpt2-124m",
+        ["layout.recompute=norm", "layout.recompute_layers=2"],
+        "layout: recompute_layers = 2 is for recompute = ['block'], but that is ['norm']; nearest: recompute block, or "
+        "recompute_layers 0",
+    ),
+    (
+        "gpt2-124m",
         ["optim.loss_scale=128"],
         "optim: loss_scale = 128 is for run.dtype = 'fp16', but that is 'bf16', whose range needs none; nearest: "
         "loss_scale 0, run.dtype fp16",
@@ -288,6 +294,7 @@ def test_a_broken_rule_is_reported(recipe: str, overrides: list[str], problem: s
         ("llama3-1b", ["model.rope_scaling=none"]),
         ("gpt2-124m", ["optim.schedule=wsd", "optim.decay_steps=1000"]),
         ("gpt2-124m", ["run.steps=700"]),
+        ("gpt2-124m", ["layout.recompute=['block', 'norm']", "layout.recompute_layers=2", "layout.recompute_group=2"]),
         ("gpt2-124m", ["run.dtype=fp16", "optim.loss_scale=128"]),
         ("gpt2-124m", ["optim.master=none", "optim.moments=bf16"]),
         ("gpt2-124m", ["data.stages=[{until_tokens=1e9, train=['a']}, {train=['a', 'b']}]"]),
