@@ -48,8 +48,9 @@ def config(task: Task) -> Config:
             "batch": {"micro": task["sequences"], "global": task["sequences"], "seq_length": task["length"]},
             "optim": {
                 **{"lr": LR, "clip": 1.0, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
-                **(BF16_ALONE if task["provider"] == "megapre-bf16" else {}),
+                **(BF16_ALONE if task["provider"].startswith("megapre-bf16") else {}),
             },
+            "layout": {"recompute": ["norm", "activation"] if task["provider"].endswith("-recompute") else []},
             "run": {
                 "steps": 1000,
                 "dtype": "bf16",

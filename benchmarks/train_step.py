@@ -9,6 +9,7 @@ Tokens   log-uniform (frequencies as 1 / rank, Zipf), so that there is something
 
     megapre                  bf16 weights, fp32 master weights, moments and gradients: what `megapre train` runs
     megapre-bf16             bf16 weights, moments and gradients alone, rounded at random
+    megapre-bf16-recompute   the same, outputs of norms and activations computed again in the backward
     megapre-compile          megapre with run.compile=true
     hf-bf16                  Hugging Face, bf16 weights and bf16 AdamW states: less precise and less work than megapre's
     hf-bf16-compile          the same through torch.compile
@@ -72,6 +73,7 @@ SETTINGS = {
 PROVIDERS = (
     "megapre",
     "megapre-bf16",
+    "megapre-bf16-recompute",
     "megapre-compile",
     "hf-bf16",
     "hf-bf16-compile",
