@@ -88,7 +88,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each action of `schedule` runs. starts[r][k] and ends[r][k] are those of schedule[r][k]."""
+    """When each action of `schedule` runs. `starts[r][k]` and `ends[r][k]` are those of `schedule[r][k]`."""
 
     schedule: Schedule
     costs: Costs
