@@ -125,7 +125,7 @@ def order(mesh: Mesh, embedding: bool = False, wrap: bool = False, kv: int = 1) 
 
 @dataclass(frozen=True)
 class Group:
-    """A group that this process is in. `handle` is for torch.distributed, and None for a group of one."""
+    """A group that this process, `ranks[index]`, is in. `handle` is for torch.distributed, None for a group of one."""
 
     ranks: tuple[int, ...]
     index: int
@@ -140,7 +140,7 @@ class Group:
 class Groups:
     """The groups of this process. dp_cp sums gradients; kv holds the same key-value heads; `embedding` is None except
     on the ends of a pipeline that share a tied one; `send[peer]` and `receive[peer]` are the channels to and from the
-    neighbours in the pipeline.
+    neighbours in the pipeline, in each of which the other end has index 1 - group.index.
     """
 
     mesh: Mesh
@@ -211,7 +211,7 @@ def connect(
             ends = group
         elif spec.axis != "send":
             own[spec.axis] = group
-        elif group.index == 0:
+        elif rank == spec.ranks[0]:
             send[spec.ranks[1]] = group
         else:
             receive[spec.ranks[0]] = group
@@ -233,11 +233,11 @@ def _made(spec: Spec, rank: int, device: torch.device, options: Options) -> Grou
             pg_options=nccl_options(options) if cuda and rank in spec.ranks else None,
             group_desc=spec.axis,
             device_id=device if cuda else None,
-            sort_ranks=False,  # a channel is source, destination
         )
         if rank not in spec.ranks:
             return None
-        group = Group(spec.ranks, spec.ranks.index(rank), handle)
+        ranks = tuple(sorted(spec.ranks))  # as torch numbers them, whatever the order given
+        group = Group(ranks, ranks.index(rank), handle)
         _use(spec, group, device)
     except RuntimeError as error:  # of which torch's DistError is one
         raise CommError(f"rank {rank}: the {spec.axis} group of ranks {_short(spec.ranks)} failed: {error}") from error
@@ -250,10 +250,10 @@ def _use(spec: Spec, group: Group, device: torch.device) -> None:
     if spec.axis != "send":
         dist.all_reduce(token, group=group.handle)
         assert token.item() == group.size, f"a sum over {group.size} ranks gave {token.item()}"
-    elif group.index == 0:
-        dist.send(token, group=group.handle, group_dst=1)
+    elif group.ranks[group.index] == spec.ranks[0]:
+        dist.send(token, group=group.handle, group_dst=1 - group.index)
     else:
-        dist.recv(token, group=group.handle, group_src=0)
+        dist.recv(token, group=group.handle, group_src=1 - group.index)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

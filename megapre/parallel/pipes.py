@@ -79,7 +79,7 @@ class Pipes:
         """Begins to receive the next message of `peer`."""
         tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         with self._waiting():
-            work = dist.irecv(tensor, group=self._receive[peer].handle, group_src=0)
+            work = dist.irecv(tensor, group=self._receive[peer].handle, group_src=1 - self._receive[peer].index)
         assert work is not None, "irecv without a group"
         return Receive(work, tensor)
 
@@ -148,7 +148,7 @@ class Outbox:
     def send(self, tensor: Tensor) -> None:
         if self._waiter is not None and self._waiter.failure is not None:
             raise self._waiter.failure
-        work = dist.isend(tensor, group=self.group.handle, group_dst=1)
+        work = dist.isend(tensor, group=self.group.handle, group_dst=1 - self.group.index)
         assert work is not None, "isend without a group"
         if self._waiter is not None:
             self._waiter.keep(work, tensor)

@@ -25,11 +25,11 @@ meshes = st.builds(
 )
 
 
-@given(meshes, st.booleans(), st.booleans())
-def test_no_order_of_arrival_is_stuck(mesh: Mesh, embedding: bool, wrap: bool) -> None:
+@given(meshes, st.booleans(), st.booleans(), st.booleans())
+def test_no_order_of_arrival_is_stuck(mesh: Mesh, embedding: bool, wrap: bool, kv: bool) -> None:
     """Each rank makes its groups one after the other, and a group is made when all of its ranks are there."""
     todo: defaultdict[int, list[Spec]] = defaultdict(list)
-    for spec in order(mesh, embedding, wrap):
+    for spec in order(mesh, embedding, wrap, mesh.tp if kv else 1):
         for rank in spec.ranks:
             todo[rank].append(spec)
     rounds = 0
@@ -73,7 +73,7 @@ def sums(mesh: Mesh, **choices: Any) -> dict[str, Any]:
     """What a sum of ranks over each group gives, what arrives through each channel, and the groups themselves."""
     groups = connect(mesh, dist.get_rank(), CPU, **choices)
     found: dict[str, Any] = {}
-    for name in ("world", "tp", "cp", "dp", "dp_cp", "pp", "embedding"):
+    for name in ("world", "tp", "kv", "cp", "dp", "dp_cp", "pp", "embedding"):
         group = getattr(groups, name)
         if group is None:
             continue
@@ -83,11 +83,11 @@ def sums(mesh: Mesh, **choices: Any) -> dict[str, Any]:
             dist.all_reduce(total, group=group.handle)
         found[name] = group.ranks, total.item()
     # Sends in both directions at once, and receives after them: no channel stands in another one's way.
-    sent = [dist.isend(torch.tensor(groups.rank), group=g.handle, group_dst=1) for g in groups.send.values()]
+    sent = [dist.isend(torch.tensor(groups.rank), group=g.handle, group_dst=1 - g.index) for g in groups.send.values()]
     arrived = {}
     for peer, group in groups.receive.items():
         value = torch.tensor(-1)
-        dist.recv(value, group=group.handle, group_src=0)
+        dist.recv(value, group=group.handle, group_src=1 - group.index)
         arrived[peer] = value.item()
     for work in sent:
         assert work is not None
@@ -123,10 +123,16 @@ def test_every_group_carries_data_between_its_ranks(run_on: RunOn, mesh: Mesh, w
         assert arrived == {peer: peer for peer in peers}
 
 
+def test_ranks_with_the_same_key_value_heads_have_a_group(run_on: RunOn) -> None:
+    found = run_on(8, functools.partial(sums, Mesh(8, tp=4), kv=2))
+    assert [rank["kv"] for rank in found] == [((r, r + 1), 2 * r + 1) for r in (0, 0, 2, 2, 4, 4, 6, 6)]
+    assert all(rank["kv"] == ((r,), r) for r, rank in enumerate(run_on(2, functools.partial(sums, Mesh(2, tp=2)))))
+
+
 def test_one_rank_needs_no_process_group() -> None:
     groups = connect(Mesh(1), 0, CPU, embedding=True, wrap=True)
     assert not dist.is_initialized()
-    assert groups == Groups(Mesh(1), 0, CPU, *[Group((0,), 0)] * 6, embedding=None, send={}, receive={})
+    assert groups == Groups(Mesh(1), 0, CPU, *[Group((0,), 0)] * 7, embedding=None, send={}, receive={})
     with pytest.raises(dataclasses.FrozenInstanceError):
         groups.rank = 1  # type: ignore[misc]
     comm.join(Place(), CPU)
@@ -155,7 +161,7 @@ def test_a_group_that_is_not_made_in_time_is_named(run_on: RunOn) -> None:
 
 
 def test_options_are_for_axes_that_there_are() -> None:
-    with pytest.raises(CommError, match=r"options for ep; there are tp, cp, dp, dp_cp, pp, embedding, send"):
+    with pytest.raises(CommError, match=r"options for ep; there are kv, tp, cp, dp, dp_cp, pp, embedding, send"):
         connect(Mesh(1), 0, CPU, options={"ep": Options()})
 
 
