@@ -11,6 +11,7 @@
 #endif
 
 #include "attention.h"
+#include "exponential.h"
 #include "lanes.h"
 
 namespace megapre::cpu::CPU_CAPABILITY {
@@ -20,20 +21,6 @@ namespace megapre::cpu::CPU_CAPABILITY {
 // Scores are taken times kBase<T>, so that power<T>(x) = exp(x / kBase<T>): for the 16-bit types 2^x.
 template <typename T>
 constexpr float kBase = is_half_width<T> ? 1.44269504088896341f : 1.0f;
-
-#if defined(CPU_CAPABILITY_AVX512)
-// 2^x to a relative 1e-7, the coefficients fitted to that on [0, 1). -inf gives 0, NaN gives NaN.
-inline __m512 power_of_two(__m512 x) {
-  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
-  __m512 p = _mm512_set1_ps(0.00187757669f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.00898934063f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0558263175f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.240153611f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693153083f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99999994f));
-  return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
-}
-#endif
 
 template <typename T>
 inline Lanes<float> power(const Lanes<float>& x) {

@@ -18,20 +18,11 @@
 #include <limits>
 
 #include "cross_entropy.h"
+#include "exponential.h"
 #include "lanes.h"
 
 namespace megapre::cpu::CPU_CAPABILITY {
 namespace {
-
-// About 2 ulp (exp) and 20 ulp (exp_u20): the latter is far below the rounding of the 16-bit types.
-template <typename T>
-Lanes<acc_t<T>> exponential(const Lanes<acc_t<T>>& v) {
-  if constexpr (is_half_width<T>) {
-    return v.exp_u20();
-  } else {
-    return v.exp();
-  }
-}
 
 template <typename T>
 acc_t<T> block_max(const T* x, int64_t count) {

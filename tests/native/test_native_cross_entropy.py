@@ -98,6 +98,14 @@ def test_confident_rows_keep_their_digits(ops: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_certainty_costs_nothing(ops: Any, dtype: torch.dtype) -> None:
+    """exp(0) is 1: a loss below 0, or a gradient where there is nothing to learn, would be the exponential's error."""
+    logits, labels = torch.tensor([[3.0, -torch.inf], [-70.0, -torch.inf]], dtype=dtype), torch.tensor([0, 0])
+    for losses, gradient in native(ops, logits, labels, 2, 0.0, 0.0, None):
+        assert not losses.any() and not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_infinities(ops: Any, dtype: torch.dtype) -> None:
     """Masked columns (-inf) have no probability; NaN and +inf poison their own row and no other."""
     vocab = 9000
