@@ -96,12 +96,10 @@ IMPLEMENTATIONS = (
     Implementation("gelu", "reference", gelu.reference),
     Implementation("swiglu", "native", swiglu.native, _needs_native("swiglu", "swiglu_backward")),
     Implementation("swiglu", "triton", triton.swiglu, triton.why_not),
-    Implementation("swiglu", "recompute", swiglu.recomputed),
     Implementation("swiglu", "torch", swiglu.composed_torch),
     Implementation("swiglu", "reference", swiglu.reference),
     Implementation("geglu", "native", swiglu.geglu_native, _needs_native("geglu", "geglu_backward")),
     Implementation("geglu", "triton", triton.geglu, triton.why_not),
-    Implementation("geglu", "recompute", swiglu.geglu_recomputed),
     Implementation("geglu", "torch", swiglu.geglu_composed_torch),
     Implementation("geglu", "reference", swiglu.geglu_reference),
     Implementation(

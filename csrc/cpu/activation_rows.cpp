@@ -7,8 +7,6 @@
 // One exponential and one division give a value and its slope, so a backward pass costs little more than a forward one.
 // Where an argument is bounded below, the value beyond the bound is 0 to 1e-35, and the slope to the same.
 
-#include <c10/macros/Macros.h>
-
 #include <numbers>
 
 #include "activation.h"
@@ -21,7 +19,7 @@ namespace {
 // polynomials are minimax in the relative error: 2e-9 for fp32 (1 ulp in all), 3e-6 for the 16-bit types, a hundredth of
 // the rounding of fp16.
 template <typename T>
-C10_ALWAYS_INLINE at::vec::Vectorized<float> exponential(const at::vec::Vectorized<float>& x) {
+at::vec::Vectorized<float> exponential(const at::vec::Vectorized<float>& x) {
   using V = at::vec::Vectorized<float>;
   const V magic(12582912.0f);  // 1.5 * 2^23: the last bits of a sum with it are the other term, rounded to an integer
   const V shifted = fmadd(x, V(std::numbers::log2e_v<float>), magic);
@@ -44,7 +42,7 @@ C10_ALWAYS_INLINE at::vec::Vectorized<float> exponential(const at::vec::Vectoriz
 }
 
 template <typename T>
-C10_ALWAYS_INLINE Lanes<acc_t<T>> exponential(const Lanes<acc_t<T>>& x) {
+Lanes<acc_t<T>> exponential(const Lanes<acc_t<T>>& x) {
   if constexpr (std::is_same_v<T, double>) {
     return x.exp();
   } else {
@@ -60,7 +58,7 @@ struct Activated {
 };
 
 template <typename T>
-C10_ALWAYS_INLINE Activated<acc_t<T>> silu(const Lanes<acc_t<T>>& x) {
+Activated<acc_t<T>> silu(const Lanes<acc_t<T>>& x) {
   using A = acc_t<T>;
   const Lanes<A> one(1), low = clamp_min(x, Lanes<A>(-87)), u = clamp_max(low, Lanes<A>(87));
   const auto e = exponential<T>(u.neg());
@@ -69,7 +67,7 @@ C10_ALWAYS_INLINE Activated<acc_t<T>> silu(const Lanes<acc_t<T>>& x) {
 }
 
 template <typename T>
-C10_ALWAYS_INLINE Activated<acc_t<T>> gelu_tanh(const Lanes<acc_t<T>>& x) {
+Activated<acc_t<T>> gelu_tanh(const Lanes<acc_t<T>>& x) {
   using A = acc_t<T>;
   constexpr A k = 2 * std::numbers::sqrt2_v<A> * std::numbers::inv_sqrtpi_v<A>, cube = A(0.044715) * k;
   // |v| = 85 at the bound.
@@ -85,7 +83,7 @@ C10_ALWAYS_INLINE Activated<acc_t<T>> gelu_tanh(const Lanes<acc_t<T>>& x) {
 // Phi(-|u|) = exp(-u^2 / 2) t (a1 + t (a2 + ...)) / 2 with t = 1 / (1 + p |u| / sqrt 2): Abramowitz & Stegun 7.1.26, to
 // 8e-8 in absolute terms, as torch has it. fp64 takes the library's erfc instead.
 template <typename T>
-C10_ALWAYS_INLINE Activated<acc_t<T>> gelu_erf(const Lanes<acc_t<T>>& x) {
+Activated<acc_t<T>> gelu_erf(const Lanes<acc_t<T>>& x) {
   using A = acc_t<T>;
   using std::numbers::sqrt2_v, std::numbers::inv_sqrtpi_v;
   const Lanes<A> one(1), low = clamp_min(x, Lanes<A>(-13)), u = clamp_max(low, Lanes<A>(13));
@@ -104,7 +102,7 @@ C10_ALWAYS_INLINE Activated<acc_t<T>> gelu_erf(const Lanes<acc_t<T>>& x) {
 }
 
 template <Activation kActivation, typename T>
-C10_ALWAYS_INLINE Activated<acc_t<T>> activate(const Lanes<acc_t<T>>& x) {
+Activated<acc_t<T>> activate(const Lanes<acc_t<T>>& x) {
   if constexpr (kActivation == Activation::SILU) {
     return silu<T>(x);
   } else if constexpr (kActivation == Activation::GELU_TANH) {
@@ -115,7 +113,7 @@ C10_ALWAYS_INLINE Activated<acc_t<T>> activate(const Lanes<acc_t<T>>& x) {
 }
 
 template <Activation kActivation, typename T>
-void forward_rows(const ActivationRows& op, int64_t begin, int64_t end) {
+[[gnu::flatten]] void forward_rows(const ActivationRows& op, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const A* bias = static_cast<const A*>(op.bias);
   for (int64_t row = begin; row < end; ++row) {
@@ -151,7 +149,7 @@ void gated_backward_row(const T* dy, const T* x, T* dx, int64_t width) {
 }
 
 template <Activation kActivation, typename T>
-void backward_rows(const ActivationRows& op, int64_t begin, int64_t end, void* sums) {
+[[gnu::flatten]] void backward_rows(const ActivationRows& op, int64_t begin, int64_t end, void* sums) {
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(op.x);
   const T* dy = static_cast<const T*>(op.dy);

@@ -1,5 +1,6 @@
 """The C++ rms_norm, op by op: the 2x rule against fp64, layouts, empty input, poison, repeatability, errors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -133,6 +134,27 @@ def test_one_bad_row_stays_alone(ops: Any) -> None:
     assert y[2].isnan().all()
     assert y[4, 0].isnan() and torch.equal(y[4, 1:], torch.zeros(49))
     assert torch.equal(y[[0, 1, 3, 5]], clean[[0, 1, 3, 5]])
+
+
+def test_rounds_to_bf16_as_torch_does(ops: Any) -> None:
+    """Every bf16 number plus one far smaller, a denormal, a large one, and what is no number; ties go to even."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    scales = torch.tensor([0.0, 2.0**-9, -(2.0**-9), 3 * 2.0**-10, 2.0**-8, -1.0, torch.inf, torch.nan]).bfloat16()
+    added = torch.cat(
+        [x[None] * scales[:, None], torch.tensor([1e-40, 1.0, 3e38]).bfloat16()[:, None].expand(3, len(x))]
+    )
+    x = x.expand(len(added), len(x))
+    h = ops.rms_norm(x, torch.ones(x.shape[1]), EPS, added)[1]
+    torch.testing.assert_close(h, x + added, rtol=0, atol=0, equal_nan=True)
+
+
+def test_offsets_beyond_31_bits(ops: Any, far: Callable[[Tensor], Tensor]) -> None:
+    x, extra, dy, dh = (drawn(i, 3, 40, dtype=torch.bfloat16) for i in range(4))
+    weight = drawn(4, 40, dtype=torch.bfloat16)
+    y, h, rstd = ops.rms_norm(x, weight, EPS, extra)
+    assert same(ops.rms_norm(far(x), weight, EPS, far(extra)), [y, h, rstd])
+    expected = ops.rms_norm_backward(dy, dh, h, weight, rstd)
+    assert same(ops.rms_norm_backward(far(dy), far(dh), far(h), weight, rstd), expected)
 
 
 def test_errors_have_numbers(ops: Any) -> None:
