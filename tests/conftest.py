@@ -17,6 +17,8 @@ settings.register_profile(
 )
 # `HYPOTHESIS_PROFILE=explore pytest` looks for new examples instead.
 settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
+# For code that other runs of the same test prove with all examples: another code path, or a sanitizer.
+settings.register_profile("few", settings.get_profile("deterministic"), max_examples=12)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "deterministic"))
 
 

@@ -1,5 +1,6 @@
 """The C++ gelu, swiglu and geglu: the 2x rule against fp64, layouts, far values, poison, repeatability, errors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -153,6 +154,14 @@ def test_bias_of_another_dtype(ops: Any) -> None:
     close(dbias, own[2], exact[2])
 
 
+def test_no_nan_is_rounded_to_a_number(ops: Any) -> None:
+    """The bits of a NaN are the bias's: all ones, to which no unit can be added."""
+    bias = torch.full((40,), -1, dtype=torch.int32).view(torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.ones(3, 40, dtype=dtype)
+        assert ops.gelu(x, bias, True).isnan().all() and ops.gelu_backward(x, x, bias, True)[0].isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (3, 0)])
 def test_empty(ops: Any, shape: tuple[int, ...]) -> None:
     x, bias = torch.empty(shape), torch.ones(shape[-1])
@@ -177,6 +186,14 @@ def test_repeats_bitwise(ops: Any, threads: int) -> None:
             close(g, torchs, true, what)
     finally:
         torch.set_num_threads(1)
+
+
+def test_offsets_beyond_31_bits(ops: Any, far: Callable[[Tensor], Tensor]) -> None:
+    x, dy, bias = (drawn(i, *s, dtype=torch.bfloat16) for i, s in enumerate([(3, 40), (3, 40), (40,)]))
+    for with_bias in (bias, None):
+        assert same(native_gelu(ops, far(x), with_bias, far(dy), True), native_gelu(ops, x, with_bias, dy, True))
+    for name in GATES:
+        assert same(native_gated(ops, name, far(x), far(dy[:, :20])), native_gated(ops, name, x, dy[:, :20]))
 
 
 def test_errors_have_numbers(ops: Any) -> None:

@@ -1,5 +1,6 @@
 """The C++ embedding and its gradient's sums: fp64, layouts, empty, poison, the same bits for any threads, errors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -107,6 +108,15 @@ def test_many_rows_for_any_threads(ops: Any) -> None:
         torch.set_num_threads(threads)
         assert torch.equal(ops.embedding(ids, weight, 150, 400), expected[ids])
     torch.set_num_threads(1)
+
+
+def test_offsets_beyond_31_bits(ops: Any, far: Callable[[Tensor], Tensor]) -> None:
+    total, ids = drawn(0, 3, 40, dtype=torch.float32), torch.tensor([2, 0, 2, 1])
+    apart, dy = far(total), drawn(1, 4, 40, dtype=torch.bfloat16)
+    assert torch.equal(ops.embedding(ids, apart), total[ids])
+    ops.embedding_gradient_(apart, far(dy), ids, True)
+    ops.embedding_gradient_(total, dy, ids, True)
+    assert torch.equal(apart, total)
 
 
 def test_errors_have_numbers(ops: Any) -> None:

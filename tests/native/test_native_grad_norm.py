@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -83,3 +84,11 @@ def test_nothing_has_no_norm(ops: Any) -> None:
     assert ops.grad_norm([torch.zeros(0)]) == 0
     with pytest.raises(TypeError, match="a gradient is Int; supported are fp32, bf16, fp16, fp64"):
         ops.grad_norm([torch.ones(3, dtype=torch.int32)])
+
+
+@pytest.mark.slow
+def test_offsets_beyond_31_bits(ops: Any) -> None:
+    """The one element that is not 0 is the last of 2^31 + 1. No memory stands behind the zeros."""
+    grad = torch.from_numpy(np.zeros(2**31 + 1, dtype=np.float16))
+    grad[-1] = 3
+    assert ops.grad_norm([grad]) == 3

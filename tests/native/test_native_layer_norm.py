@@ -1,5 +1,6 @@
 """The C++ layer_norm, op by op: the 2x rule against fp64, layouts, empty input, poison, repeatability, errors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -162,6 +163,15 @@ def test_one_bad_row_stays_alone(ops: Any) -> None:
     y = ops.layer_norm(x, torch.ones(50), None, EPS, None)[0]
     assert y[[2, 4]].isnan().all()
     assert torch.equal(y[[0, 1, 3, 5]], clean[[0, 1, 3, 5]])
+
+
+def test_offsets_beyond_31_bits(ops: Any, far: Callable[[Tensor], Tensor]) -> None:
+    x, extra, dy, dh = (drawn(i, 3, 40, dtype=torch.bfloat16) for i in range(4))
+    weight, bias = drawn(4, 40, dtype=torch.bfloat16), drawn(5, 40, dtype=torch.bfloat16)
+    y, h, mean, rstd = ops.layer_norm(x, weight, bias, EPS, extra)
+    assert same(ops.layer_norm(far(x), weight, bias, EPS, far(extra)), [y, h, mean, rstd])
+    expected = ops.layer_norm_backward(dy, dh, h, weight, bias, mean, rstd)
+    assert same(ops.layer_norm_backward(far(dy), far(dh), far(h), weight, bias, mean, rstd), expected)
 
 
 def test_errors_have_numbers(ops: Any) -> None:

@@ -12,18 +12,6 @@ import torch
 from megapre.kernels import native
 
 LEVELS = ("default", "avx2", "avx512")
-OPS = (
-    "layer_norm",
-    "rms_norm",
-    "rope",
-    "activation",
-    "cross_entropy",
-    "vocab_parallel",
-    "linear",
-    "attention",
-    "adamw",
-    "grad_norm",
-)
 THIS_FOLDER = Path(__file__).parent
 
 
@@ -33,7 +21,7 @@ def cpu_runs(level: str) -> bool:
 
 
 def python(*arguments: str, level: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "MEGAPRE_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "MEGAPRE_CPU_LEVEL": level, "OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "few"}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
@@ -45,7 +33,8 @@ def test_forced_level(ops: Any, level: str) -> None:
         return  # the rest of this run tests it
     ways_of_loading = {f"test_native_{what}.py" for what in ("levels", "loading")}
     files = [str(file) for file in sorted(THIS_FOLDER.glob("test_native_*.py")) if file.name not in ways_of_loading]
-    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, level=level)
+    options = ("-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist")
+    done = python("-m", "pytest", *options, *files, level=level)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
