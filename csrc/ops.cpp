@@ -66,8 +66,8 @@ TORCH_LIBRARY(megapre, m) {
       "attention(Tensor q, Tensor k, Tensor v, bool causal, Tensor? cu_seqlens, int? window, float scale)"
       " -> (Tensor o, Tensor lse)");
   m.def(
-      "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool causal,"
-      " Tensor? cu_seqlens, int? window, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "attention_backward_(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor do, Tensor? dlse, Tensor q, Tensor k,"
+      " Tensor v, Tensor o, Tensor lse, bool causal, Tensor? cu_seqlens, int? window, float scale) -> ()");
 
   // The three products of a linear layer on matrices. dweight and dbias may be fp32 beside 16-bit operands; they are added
   // to where `accumulate`, and overwritten where not.

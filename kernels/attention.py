@@ -17,6 +17,9 @@ Floor    products: FLOPs / product rate, for all but the shortest sequences.
 Memory   on the CPU the backward sums dk and dv of a key head in fp32, 8 Sk D bytes, once for each thread; less than
          twice that where B K is no multiple of the threads.
 
+Where q, k and v are views of one projection (heads.py) the native backward writes dq, dk and dv as views of one tensor,
+the projection's gradient, which a split's own backward would copy together.
+
 SDPA is torch's registered op: fake tensors, autograd and torch.compile come with it, and on CUDA it picks cuDNN,
 FlashAttention or the memory-efficient kernel by itself. Documents on the CPU are cut apart and attended one by one:
 exact, and the work is the sum of the squared document lengths, not the square of the sum.
@@ -35,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import library
+from .heads import are_joined, split
 from .precision import wide
 
 
@@ -217,7 +221,10 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Ten
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide(q.dtype))
 
 
-def _backward(
+def _backward_(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     do: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -229,7 +236,7 @@ def _backward(
     cu_seqlens: Tensor | None,
     window: int | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> None:
     """Dao 2023, algorithm 2; lse adds p * dlse to the gradient of the scores."""
     group = q.shape[2] // k.shape[2]
     # Grouped heads: [B, K, group, S, D] against [B, K, 1, S, D].
@@ -244,10 +251,17 @@ def _backward(
     if dlse is not None:
         delta = delta - dlse.unflatten(1, (-1, group)).unsqueeze(-1)
     ds = p * (do_ @ v_.transpose(-1, -2) - delta) * scale
-    dq = (ds @ k_).flatten(1, 2)
-    dk, dv = ((a.transpose(-1, -2) @ b).sum(2) for a, b in ((ds, q_), (p, do_)))
-    dq, dk, dv = (g.transpose(1, 2).to(q.dtype).contiguous() for g in (dq, dk, dv))
-    return dq, dk, dv
+    dq.copy_((ds @ k_).flatten(1, 2).transpose(1, 2))
+    dk.copy_((ds.transpose(-1, -2) @ q_).sum(2).transpose(1, 2))
+    dv.copy_((p.transpose(-1, -2) @ do_).sum(2).transpose(1, 2))
+
+
+def _backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _backward_fake(do, dlse, q, k, v)
+    torch.ops.megapre.attention_backward_(*gradients, do, dlse, q, k, v, *rest)
+    return gradients
 
 
 def _backward_fake(
@@ -265,22 +279,31 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    gradients = torch.ops.megapre.attention_backward(
-        do, dlse, q, k, v, o, lse, ctx.causal, cu_seqlens, ctx.window, ctx.scale
-    )
+    given = (do, dlse, q, k, v, o, lse, ctx.causal, cu_seqlens, ctx.window, ctx.scale)
+    if are_joined(q, k, v) and not torch.is_grad_enabled():  # then heads.split takes them for one gradient
+        gradients = split(q.new_empty(*q.shape[:2], q.shape[2] + 2 * k.shape[2], q.shape[3]), q.shape[2], k.shape[2])
+        torch.ops.megapre.attention_backward_(*gradients, *given)
+    else:
+        gradients = torch.ops.megapre.attention_backward(*given)
     return *gradients, None, None, None, None
 
 
 def register(ops: torch.library.Library) -> None:
-    """Registers `megapre::attention` and its backward."""
+    """Registers `megapre::attention`, its backward, and the form of that which writes into given memory."""
     settings = "bool causal, Tensor? cu_seqlens, int? window, float scale"
+    kept = "Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse"
     library.add(
         ops, f"attention(Tensor q, Tensor k, Tensor v, {settings}) -> (Tensor o, Tensor lse)", _forward, _forward_fake
     )
     library.add(
         ops,
-        "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-        f"{settings}) -> (Tensor dq, Tensor dk, Tensor dv)",
+        f"attention_backward_(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, {kept}, {settings}) -> ()",
+        _backward_,
+        lambda *_: None,
+    )
+    library.add(
+        ops,
+        f"attention_backward({kept}, {settings}) -> (Tensor dq, Tensor dk, Tensor dv)",
         _backward,
         _backward_fake,
     )

@@ -112,7 +112,7 @@ IMPLEMENTATIONS = (
     Implementation("linear_cross_entropy", "reference", linear_cross_entropy.reference),
     Implementation("vocab_parallel_linear_cross_entropy", "chunked", vocab_parallel_linear_cross_entropy.chunked),
     Implementation("vocab_parallel_linear_cross_entropy", "reference", vocab_parallel_linear_cross_entropy.reference),
-    Implementation("attention", "native", attention.native, _needs_native("attention", "attention_backward")),
+    Implementation("attention", "native", attention.native, _needs_native("attention", "attention_backward_")),
     Implementation("attention", "sdpa_or_triton", triton.attention_by_mask, triton.why_not),
     Implementation("attention", "sdpa", attention.sdpa),
     Implementation("attention", "triton", triton.attention, triton.why_not),

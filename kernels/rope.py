@@ -33,9 +33,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import library
+from .heads import QKV, split
 from .precision import wide
-
-QKV = tuple[Tensor, Tensor, Tensor]
 
 
 class Turn(NamedTuple):
@@ -204,17 +203,6 @@ def _native_backward(dq: Tensor, dk: Tensor, dv: Tensor, turn: Turn) -> Tensor:
 
 
 _NATIVE = InPlace(_native_forward, _native_backward)
-
-
-def split(qkv_BSMD: Tensor, heads: int, kv_heads: int) -> QKV:
-    """Views of the queries, keys and values. ValueError unless qkv is [B, S, N + 2K, D]."""
-    if qkv_BSMD.dim() != 4 or qkv_BSMD.shape[2] != heads + 2 * kv_heads:
-        raise ValueError(
-            f"rope_: qkv is {tuple(qkv_BSMD.shape)}; [B, S, {heads + 2 * kv_heads}, D] is needed for {heads} query "
-            f"heads and {kv_heads} key-value heads"
-        )
-    q, k, v = qkv_BSMD.split([heads, kv_heads, kv_heads], dim=2)
-    return q, k, v
 
 
 def check(

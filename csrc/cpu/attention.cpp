@@ -3,6 +3,7 @@
 
 #include "attention.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -14,6 +15,8 @@
 #include <tuple>
 #include <vector>
 
+#include "rows.h"
+
 namespace megapre::cpu {
 namespace {
 
@@ -22,6 +25,15 @@ void check_like(const char* op, const at::Tensor& t, const at::Tensor& like, con
       t.sizes() == like.sizes() && t.scalar_type() == like.scalar_type(), op, ": ", name, " is ", t.scalar_type(), " ",
       t.sizes(), " but ", like_name, " is ", like.scalar_type(), " ", like.sizes(),
       "; they must have the same shape and dtype");
+}
+
+void check_gradient(
+    const char* op, const at::Tensor& t, const at::Tensor& of, const char* name, const char* of_name) {
+  check_like(op, t, of, name, of_name);
+  TORCH_CHECK_VALUE(
+      (t.stride(3) == 1 || t.size(3) == 1) && at::has_internal_overlap(t) != at::MemOverlap::Yes, op, ": ", name,
+      " has strides ", t.strides(), "; to be written, the ", t.size(3),
+      " elements of a head must be neighbours and heads must not overlap");
 }
 
 void check(
@@ -238,14 +250,17 @@ std::tuple<at::Tensor, at::Tensor> attention(
   return {o, lse};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
-    const at::Tensor& d_o_in, const std::optional<at::Tensor>& dlse_in, const at::Tensor& q_in, const at::Tensor& k_in,
+void attention_backward_(
+    at::Tensor& dq, at::Tensor& dk, at::Tensor& dv, const at::Tensor& d_o_in, const std::optional<at::Tensor>& dlse_in, const at::Tensor& q_in, const at::Tensor& k_in,
     const at::Tensor& v_in, const at::Tensor& o_in, const at::Tensor& lse_in, bool causal,
     const std::optional<at::Tensor>& cu_seqlens, std::optional<int64_t> window, double scale) {
   const char* const name = "attention_backward";
   check(name, q_in, k_in, v_in, window);
   check_like(name, d_o_in, q_in, "do", "q");
   check_like(name, o_in, q_in, "o", "q");
+  check_gradient(name, dq, q_in, "dq", "q");
+  check_gradient(name, dk, k_in, "dk", "k");
+  check_gradient(name, dv, v_in, "dv", "v");
   const std::vector<int64_t> lse_sizes{q_in.size(0), q_in.size(2), q_in.size(1)};
   TORCH_CHECK_VALUE(
       lse_in.sizes() == at::IntArrayRef(lse_sizes) && lse_in.scalar_type() == c10::kFloat, name, ": lse is ",
@@ -257,11 +272,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
   const at::Tensor q = with_neighbours(q_in), k = with_neighbours(k_in), v = with_neighbours(v_in);
   const at::Tensor d_o = with_neighbours(d_o_in), o = with_neighbours(o_in), lse = lse_in.contiguous();
   const at::Tensor dlse = dlse_in.has_value() ? dlse_in->contiguous() : at::Tensor();
-  at::Tensor dq = at::empty(q.sizes(), q.options());
-  at::Tensor dk = at::empty(k.sizes(), k.options());
-  at::Tensor dv = at::empty(v.sizes(), v.options());
+  raise_version(dq);
+  raise_version(dk);
+  raise_version(dv);
   if (q.numel() == 0) {
-    return {dq, dk.zero_(), dv.zero_()};
+    dk.zero_();
+    dv.zero_();
+    return;
   }
   Attention op = describe(q, k, v, scale, spans);
   op.o = heads_of(o);
@@ -293,7 +310,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
       }
     });
   }
-  return {dq, dk, dv};
 }
 
 }  // namespace
@@ -301,5 +317,5 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
 
 TORCH_LIBRARY_IMPL(megapre, CPU, m) {
   m.impl("attention", &megapre::cpu::attention);
-  m.impl("attention_backward", &megapre::cpu::attention_backward);
+  m.impl("attention_backward_", &megapre::cpu::attention_backward_);
 }

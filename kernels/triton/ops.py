@@ -14,10 +14,10 @@ from ..adamw import _check as check_adamw
 from ..attention import _check as check_attention
 from ..attention import sdpa
 from ..cross_entropy import check as check_cross_entropy
+from ..heads import split as split_heads
 from ..linear_cross_entropy import check_shapes as check_linear_cross_entropy
 from ..rope import InPlace, Turn, document_positions, in_place
 from ..rope import check as check_rope
-from ..rope import split as split_heads
 from .library import late
 from .library import register as register
 from .library import why_not as why_not

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from megapre.kernels.heads import split
 from megapre.model.cut import CUT, local
 from megapre.model.embedding import Embedding
 from megapre.model.errors import ModelError
@@ -137,7 +138,7 @@ class Attention(nn.Module):
         cos, sin, positions_BS = places.cos, places.sin, places.positions_BS
         if cos is not None and self.q_norm is None:
             return self.ops.rope_(qkv, self.heads, self.kv_heads, cos, sin, positions=positions_BS)
-        q_BSND, k_BSKD, v_BSKD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q_BSND, k_BSKD, v_BSKD = split(qkv, self.heads, self.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BSND, k_BSKD = self.q_norm(q_BSND), self.k_norm(k_BSKD)
         if cos is not None:

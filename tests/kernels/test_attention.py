@@ -1,5 +1,6 @@
 """Attention against torch's masked SDPA by the 2x rule, and against what masks must do."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megapre import kernels
+from megapre.kernels.heads import are_joined, split
 
 OP = "attention"
 
@@ -178,3 +180,37 @@ def test_cu_seqlens_that_do_not_fit_are_named() -> None:
         for ends in ([0, 4], [1, 8], [0, 5, 4, 8], [0]):
             with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to B\\*S = 8"):
                 op(q, q, q, cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+
+
+@pytest.mark.op(OP)
+@pytest.mark.parametrize("seen", ["by attention alone", "by others too"])
+def test_gradient_of_a_projection(device: str, implementation: str, seen: str) -> None:
+    """Split by `heads.split` and by torch: the same bits, without a copy where dq, dk and dv lie side by side."""
+    op = kernels.choose(device, {OP: implementation}).attention
+    heads, key_heads = 4, 2
+    x = torch.randn(2, 9, heads + 2 * key_heads, 8, device=device, requires_grad=True)
+
+    def gradient(parts: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        qkv = x * 1
+        q, k, v = parts(qkv)
+        total = op(q, k, v).square().sum() + (q.sum() + qkv.sum() if seen == "by others too" else 0)
+        return torch.autograd.grad(total, x)[0]
+
+    expected = gradient(lambda t: t.split([heads, key_heads, key_heads], dim=2))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        got = gradient(lambda t: split(t, heads, key_heads))
+    assert same([got], [expected])
+    copies = sum(event.name == "aten::cat" for event in profile.events())
+    assert copies == (0 if implementation == "native" and seen == "by attention alone" else 1)
+
+
+def test_split_is_linear() -> None:
+    """Its gradient has a gradient; parts that others own are not taken for parts of one tensor."""
+    x = torch.randn(2, 3, 5, 2, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradgradcheck(lambda t: split(t * t, 3, 1), [x])
+    q, k, v = x.detach().split([3, 1, 1], dim=2)
+    assert are_joined(q, k, v)
+    for others in ((q, v, k), (q, k, k), (q, k, v.clone()), (q, k[:1], v[:1]), (q, k[..., :1], v), (q[:, :, :2], k, v)):
+        assert not are_joined(*others)
+    with pytest.raises(ValueError, match=r"\[B, S, 4, D\] is needed for 2 query heads and 1 key-value heads"):
+        split(x, 2, 1)

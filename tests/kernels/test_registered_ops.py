@@ -133,6 +133,14 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
             )
             for dlse, cuts in ((None, None), (torch.rand(2, 4, 4, device=device), documents))
         ],
+        "attention_backward_": [
+            (
+                *(torch.empty(2, 4, heads, 8, dtype=dtype, device=device) for heads in (4, 2, 2)),
+                *(leaf(2, 4, 4, 8).detach(), None, leaf(2, 4, 4, 8).detach()),
+                *(leaf(2, 4, 2, 8).detach(), leaf(2, 4, 2, 8).detach(), leaf(2, 4, 4, 8).detach()),
+                *(torch.full((2, 4, 4), 3.0, device=device), True, None, None, 0.3),
+            )
+        ],
         "cross_entropy_local": [
             (leaf(5, 7).detach(), target, start, 9, -100, smoothing)
             for start in (0, 4, 9)

@@ -153,6 +153,21 @@ def test_many_tiles_fill_and_empty_the_cache_share(ops: Any) -> None:
         torch.testing.assert_close(got, total, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_a_projection_are_written_side_by_side(ops: Any, dtype: torch.dtype) -> None:
+    """Into views of one tensor, and nowhere else: the same bits as gradients by themselves."""
+    heads, key_heads = 4, 2
+    qkv = drawn(2, 70, heads + 2 * key_heads, 24, dtype=dtype)
+    parts = qkv.split([heads, key_heads, key_heads], dim=2)
+    do, settings = drawn(2, 70, heads, 24, dtype=dtype), (True, None, None, 0.2)
+    whole = native(ops, *parts, do, None, *settings)
+    room = torch.full((2, 70, heads + 2 * key_heads + 1, 27), 7.0, dtype=dtype)
+    gradients = room[:, :, :-1, 2:26].split([heads, key_heads, key_heads], dim=2)
+    ops.attention_backward_(*gradients, do, None, *parts, *whole[:2], *settings)
+    assert same([*gradients], whole[2:])
+    assert (room[:, :, -1] == 7).all() and (room[..., :2] == 7).all() and (room[..., 26:] == 7).all()
+
+
 def test_sums_of_parts_stay_few(ops: Any) -> None:
     """Sums over queries of dk and dv: one key head and many threads must not hold one for every cut of the work."""
     length, dim, threads = 4096, 256, 16
@@ -239,5 +254,12 @@ def test_errors_have_numbers(ops: Any) -> None:
         ops.attention_backward(q[..., :7], None, q, q, q, q, lse, *plain)
     with pytest.raises(ValueError, match=r"lse is Float \[2, 4, 3\]; fp32 \[2, 4, 4\] is needed"):
         ops.attention_backward(q, None, q, q, q, q, lse[..., :3], *plain)
+    for dk, words in (
+        (q[..., :7], r"dk is Float \[2, 4, 4, 7\] but k is Float \[2, 4, 4, 8\]"),
+        (torch.zeros(2, 4, 8, 4).mT, r"dk has strides \[128, 32, 1, 4\]; to be written, the 8 elements"),
+        (torch.zeros(2, 4, 1, 8).expand_as(q), r"dk has strides \[32, 8, 0, 1\].*heads must not overlap"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ops.attention_backward_(q.clone(), dk, q.clone(), q, None, q, q, q, q, lse, *plain)
     with pytest.raises(ValueError, match=r"dlse is .*Double"):
         ops.attention_backward(q, lse.double(), q, q, q, q, lse, *plain)
