@@ -19,6 +19,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <bit>
 #include <optional>
 
 #include "products.h"
@@ -34,6 +35,12 @@ constexpr int64_t kTileRows = 128;  // rows of A and C
 constexpr int64_t kChunkRows = 2048;  // rows of A that one panel is packed for
 constexpr int64_t kOuterRows = 64;    // rows of dW at a time
 constexpr int64_t kOuterDepth = 2048;  // rows of dy and x that a tile of dW sums at a time
+
+// The next of `left` rows that are multiplied together: a whole tile, in the end powers of two. Batches vary in rows, and
+// brgemm compiles a kernel for every shape on every thread and keeps it for ever, so shapes must be few.
+int64_t tile_rows(int64_t left) {
+  return left >= kTileRows ? kTileRows : static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(left)));
+}
 
 bool is_half_width(c10::ScalarType dtype) {
   return dtype == c10::kBFloat16 || dtype == c10::kHalf;
@@ -106,8 +113,8 @@ void multiply(
           }
           held = panel;
         }
-        for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-          const int64_t rows = std::min(kTileRows, row_end - row);
+        for (int64_t row = row_begin, rows; row < row_end; row += rows) {
+          rows = tile_rows(row_end - row);
           float* tile = depths == 1 ? c : c + (row - row_begin) * kPanel;
           form.multiply(
               rows, columns, count, static_cast<const char*>(a.const_data_ptr()) + (row * a.stride(0) + from) * size,
@@ -167,6 +174,96 @@ void linear_input_gradient_(at::Tensor& dx, const at::Tensor& dy_in, const at::T
   multiply(dx, by_rows(dy_in), by_rows(weight_in), /*transposed=*/false, /*bias=*/at::Tensor());
 }
 
+// dW and, where it is defined, dbias of a 16-bit layer, in three steps: all of x is packed, once for every thread; blocks of
+// kOuterRows rows of dW are multiplied, each by one thread; where dW is not fp32, they are rounded on their way there.
+class WeightGradient {
+ public:
+  WeightGradient(
+      const at::Tensor& dweight, const at::Tensor& dbias, const at::Tensor& dy, const at::Tensor& x, bool accumulate)
+      : dweight_(dweight), dbias_(dbias), dy_(dy), x_(x), accumulate_(accumulate) {}
+
+  void run() const {
+    at::parallel_for(0, pieces_ * panels_, 1, [&](int64_t begin, int64_t end) {
+      for (const auto unit : c10::irange(begin, end)) {
+        pack(unit / panels_, unit % panels_);
+      }
+    });
+    at::parallel_for(0, at::divup(outs_, kOuterRows), 1, [&](int64_t begin, int64_t end) {
+      char* transposed = static_cast<char*>(workspace_.data_ptr()) + at::get_thread_num() * workspace_.stride(0);
+      for (const auto block : c10::irange(begin, end)) {
+        const int64_t first = block * kOuterRows, count = std::min(kOuterRows, outs_ - first);
+        if (is_direct_) {
+          float* c = dweight_.data_ptr<float>() + first * dweight_.stride(0);
+          multiply(first, count, transposed, c, dweight_.stride(0), accumulate_);
+        } else {
+          float* c = reinterpret_cast<float*>(transposed + transposed_bytes_);
+          multiply(first, count, transposed, c, ins_, /*accumulate=*/false);
+          kernels_.finish(
+              dtype_, count, ins_, c, ins_, nullptr, row_of(dweight_, first), dweight_.stride(0), accumulate_);
+        }
+      }
+      form_.release();
+    });
+  }
+
+ private:
+  // Rows of dy and x that are summed at a time.
+  int64_t rows_of(int64_t piece) const {
+    return std::min(kOuterDepth, x_.size(0) - piece * kOuterDepth);
+  }
+
+  static char* row_of(const at::Tensor& t, int64_t row) {
+    return static_cast<char*>(t.data_ptr()) + row * t.stride(0) * t.element_size();
+  }
+
+  char* packed(int64_t piece, int64_t panel) const {
+    return static_cast<char*>(packed_.data_ptr()) + (piece * panels_ + panel) * packed_.stride(0);
+  }
+
+  int64_t columns_of(int64_t panel) const {
+    return std::min(kPanel, ins_ - panel * kPanel);
+  }
+
+  void pack(int64_t piece, int64_t panel) const {
+    const char* x = row_of(x_, piece * kOuterDepth) + panel * kPanel * x_.element_size();
+    form_.pack(rows_of(piece), columns_of(panel), x, x_.stride(0), packed(piece, panel));
+  }
+
+  // c [count, ins] (+)= the rows of dW from `first` on, and the same of dbias.
+  void multiply(int64_t first, int64_t count, char* transposed, float* c, int64_t ldc, bool accumulate) const {
+    for (const auto piece : c10::irange(pieces_)) {
+      const int64_t depth = form_.filled(rows_of(piece));
+      const char* dy = row_of(dy_, piece * kOuterDepth) + first * dy_.element_size();
+      form_.transpose(rows_of(piece), count, dy, dy_.stride(0), transposed);
+      if (dbias_.defined()) {
+        float* sums = dbias_.data_ptr<float>() + first;
+        kernels_.row_sums(dtype_, count, rows_of(piece), transposed, depth, sums, accumulate_ || piece > 0);
+      }
+      for (const auto panel : c10::irange(panels_)) {
+        form_.multiply(
+            count, columns_of(panel), depth, transposed, depth, packed(piece, panel), c + panel * kPanel, ldc,
+            accumulate || piece > 0);
+      }
+    }
+  }
+
+  const at::Tensor dweight_, dbias_, dy_, x_;
+  const bool accumulate_;
+  const c10::ScalarType dtype_ = x_.scalar_type();
+  const bool is_direct_ = dweight_.scalar_type() == c10::kFloat;
+  const Products& form_ = products(dtype_, /*k=*/2);  // depths are filled up to even numbers
+  const LinearKernels& kernels_ = MEGAPRE_CHOOSE(linear_kernels);
+  const int64_t outs_ = dy_.size(1), ins_ = x_.size(1);
+  const int64_t panels_ = at::divup(ins_, kPanel), pieces_ = at::divup(x_.size(0), kOuterDepth);
+  const at::Tensor packed_ = at::empty(
+      {pieces_ * panels_, at::divup(form_.packed_bytes(rows_of(0), kPanel), 64) * 64},
+      x_.options().dtype(c10::kByte));
+  // For each thread a block of dy, transposed, and sums where they are not made in dW.
+  const int64_t transposed_bytes_ = at::divup(kOuterRows * form_.filled(rows_of(0)) * x_.element_size(), 64) * 64;
+  const int64_t sums_bytes_ = is_direct_ ? 0 : kOuterRows * ins_ * static_cast<int64_t>(sizeof(float));
+  const at::Tensor workspace_ = at::empty({at::get_num_threads(), transposed_bytes_ + sums_bytes_}, packed_.options());
+};
+
 void linear_weight_gradient_(
     at::Tensor& dweight, const std::optional<at::Tensor>& dbias, const at::Tensor& dy_in, const at::Tensor& x_in,
     bool accumulate) {
@@ -208,71 +305,8 @@ void linear_weight_gradient_(
     }
     return;
   }
-  const at::Tensor dy = by_rows(dy_in), x = by_rows(x_in);
-  const c10::ScalarType dtype = x.scalar_type();
-  const int64_t size = x.element_size();
-  const int64_t depth = std::min(rows, kOuterDepth), depths = std::max<int64_t>(at::divup(rows, kOuterDepth), 1);
-  const int64_t padded = depth + depth % 2;
-  const Products& form = products(dtype, padded);  // the transposed dy has a column of zeros where rows are odd
-  const LinearKernels& kernels = MEGAPRE_CHOOSE(linear_kernels);
-
-  // All of x, packed once and read by every thread.
-  const int64_t panels = at::divup(ins, kPanel);
-  const int64_t panel_bytes = at::divup(form.packed_bytes(depth, kPanel), 64) * 64;
-  at::Tensor packed = at::empty({depths * panels, panel_bytes}, x.options().dtype(c10::kByte));
-  const auto packed_panel = [&](int64_t block, int64_t panel) {
-    return static_cast<char*>(packed.data_ptr()) + (block * panels + panel) * panel_bytes;
-  };
-  at::parallel_for(0, depths * panels, 1, [&](int64_t begin, int64_t end) {
-    for (const auto unit : c10::irange(begin, end)) {
-      const int64_t block = unit / panels, first = unit % panels * kPanel;
-      const int64_t from = block * kOuterDepth;
-      form.pack(
-          std::min(depth, rows - from), std::min(kPanel, ins - first),
-          static_cast<const char*>(x.const_data_ptr()) + (from * x.stride(0) + first) * size, x.stride(0),
-          packed_panel(block, unit % panels));
-    }
-  });
-
-  const bool direct = dweight.scalar_type() == c10::kFloat;
-  const int64_t transposed_bytes = at::divup(kOuterRows * padded * size, 64) * 64;
-  const int64_t c_bytes = direct ? 0 : kOuterRows * ins * static_cast<int64_t>(sizeof(float));
-  at::Tensor workspace =
-      at::empty({at::get_num_threads(), transposed_bytes + c_bytes}, x.options().dtype(c10::kByte));
-  at::parallel_for(0, at::divup(outs, kOuterRows), 1, [&](int64_t begin, int64_t end) {
-    char* transposed =
-        static_cast<char*>(workspace.data_ptr()) + at::get_thread_num() * (transposed_bytes + c_bytes);
-    for (const auto unit : c10::irange(begin, end)) {
-      const int64_t first = unit * kOuterRows, count = std::min(kOuterRows, outs - first);
-      float* c = direct ? dweight.data_ptr<float>() + first * dweight.stride(0)
-                        : reinterpret_cast<float*>(transposed + transposed_bytes);
-      const int64_t ldc = direct ? dweight.stride(0) : ins;
-      for (int64_t block = 0; block < depths; ++block) {
-        const int64_t from = block * kOuterDepth, here = std::min(depth, rows - from), even = here + here % 2;
-        const bool adds = (direct && accumulate) || block > 0;
-        form.transpose(
-            here, count, static_cast<const char*>(dy.const_data_ptr()) + (from * dy.stride(0) + first) * size,
-            dy.stride(0), transposed);
-        if (dbias.has_value()) {
-          kernels.row_sums(
-              dtype, count, here, transposed, even, dbias->data_ptr<float>() + first, accumulate || block > 0);
-        }
-        for (int64_t panel = 0; panel < panels; ++panel) {
-          form.multiply(
-              count, std::min(kPanel, ins - panel * kPanel), even, transposed, even, packed_panel(block, panel),
-              c + panel * kPanel, ldc, adds);
-        }
-      }
-      if (!direct) {
-        kernels.finish(
-            dtype, count, ins, c, ldc, nullptr,
-            static_cast<char*>(dweight.data_ptr()) + first * dweight.stride(0) * size, dweight.stride(0), accumulate);
-      }
-    }
-    form.release();
-  });
+  WeightGradient(dweight, dbias.value_or(at::Tensor()), by_rows(dy_in), by_rows(x_in), accumulate).run();
 }
-
 
 }  // namespace
 }  // namespace megapre::cpu

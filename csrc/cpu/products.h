@@ -15,21 +15,23 @@ namespace megapre::cpu {
 
 // All sizes and strides are in elements. The elements of a row are neighbours; ld.. lie between the starts of two rows.
 struct Products {
+  // What `pack` and `transpose` fill k up to by zeros: at least to an even number, and for brgemm to one of few.
+  int64_t (*filled)(int64_t k);
+
   // Bytes of a packed B of k rows and n columns.
   int64_t (*packed_bytes)(int64_t k, int64_t n);
 
-  // Packs B for `multiply`, from B itself [k, n] or from its transpose [n, k]. An odd k is filled up by a row of zeros.
+  // Packs B for `multiply`, from B itself [k, n] or from its transpose [n, k]; the latter fills up an odd k only.
   void (*pack)(int64_t k, int64_t n, const void* b, int64_t ldb, void* packed);
   void (*pack_transposed)(int64_t k, int64_t n, const void* b, int64_t ldb, void* packed);
 
-  // C [m, n] fp32 = A [m, k] B [k, n], added to C where `accumulate`. A is in the dtype that B was packed from. For an odd
-  // k, a caller whose A has a column of zeros behind it passes k + 1, here and to `products`.
+  // C [m, n] fp32 = A [m, k] B [k, n], added to C where `accumulate`. A is in the dtype that B was packed from. k may be
+  // as large as B was filled up, if A has columns of zeros there; then `products` is asked with that k too.
   void (*multiply)(
       int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, const void* packed, float* c, int64_t ldc,
       bool accumulate);
 
-  // at [n, k + k % 2] = transpose of a [k, n], with a column of zeros behind an odd k: what `multiply` takes as A where the
-  // sum runs over the rows of a.
+  // at [n, filled(k)] = transpose of a [k, n]: what `multiply` takes as A where the sum runs over the rows of a.
   void (*transpose)(int64_t k, int64_t n, const void* a, int64_t lda, void* at);
 
   // To be called on each thread after its last `multiply`.

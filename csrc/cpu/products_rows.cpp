@@ -10,6 +10,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "products.h"
@@ -171,15 +172,21 @@ void nothing() {}
 
 template <typename T>
 constexpr Products vector_form() {
-  return {vector_packed_bytes, vector_pack<T>, vector_pack_transposed<T>, vector_multiply<T>, transpose<T>, nothing};
+  return {
+      padded, vector_packed_bytes, vector_pack<T>, vector_pack_transposed<T>, vector_multiply<T>, transpose<T>,
+      nothing};
 }
 
 // ---- brgemm's packing. Bit patterns only: bf16 and fp16 alike. ---------------------------------------------------
 
 #if defined(CPU_CAPABILITY_AVX512)
 
+int64_t pair_filled(int64_t k) {
+  return k > 32 ? (k + 31) / 32 * 32 : static_cast<int64_t>(std::bit_ceil(std::max<uint64_t>(k, 2)));
+}
+
 int64_t pair_packed_bytes(int64_t k, int64_t n) {
-  return padded(k) * n * static_cast<int64_t>(sizeof(uint16_t));
+  return pair_filled(k) * n * static_cast<int64_t>(sizeof(uint16_t));
 }
 
 // rows[i] = 16 pairs of row i -> rows[i] = pair i of each of 16 rows.
@@ -243,6 +250,7 @@ void pair_pack(int64_t k, int64_t n, const void* b, int64_t ldb, void* packed) {
       }
     }
   }
+  std::fill_n(out, (pair_filled(k) - padded(k)) / 2 * n, 0u);
 }
 
 void pair_pack_transposed(int64_t k, int64_t n, const void* b, int64_t ldb, void* packed) {
@@ -273,16 +281,16 @@ void pair_pack_transposed(int64_t k, int64_t n, const void* b, int64_t ldb, void
 void pair_transpose(int64_t k, int64_t n, const void* a, int64_t lda, void* at) {
   const uint16_t* in = static_cast<const uint16_t*>(a);
   uint32_t* out = static_cast<uint32_t*>(at);
-  const int64_t width = padded(k) / 2;
+  const int64_t width = pair_filled(k) / 2;
   for (int64_t j = 0; j < n; j += 32) {
     const int64_t count = n - j;
     for (int64_t i = 0; i < k; i += 32) {
-      const int64_t pairs = std::min<int64_t>(16, (k - i + 1) / 2);
+      const int64_t pairs = std::min<int64_t>(16, width - i / 2);
       __m512i low[16], high[16];
 #pragma GCC unroll 16
       for (int64_t p = 0; p < 16; ++p) {
         Interleaved both{_mm512_setzero_si512(), _mm512_setzero_si512()};
-        if (p < pairs) {
+        if (i + 2 * p < k) {
           const uint16_t* even = in + (i + 2 * p) * lda + j;
           both = interleave(even, i + 2 * p + 1 < k ? even + lda : nullptr, count);
         }
@@ -305,7 +313,7 @@ void pair_transpose(int64_t k, int64_t n, const void* a, int64_t lda, void* at) 
 }
 
 constexpr Products kPairForm{
-    pair_packed_bytes, pair_pack, pair_pack_transposed, nullptr, pair_transpose, nothing};
+    pair_filled, pair_packed_bytes, pair_pack, pair_pack_transposed, nullptr, pair_transpose, nothing};
 
 #else
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rule import close, same
 from torch import Tensor
+
+from megapre.kernels import native
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 # Around and between the tiles: 64 columns, 128 rows, pairs of the sum; beyond 1,024 and 2,048 the sum is cut.
@@ -161,6 +164,33 @@ torch.testing.assert_close(y, x @ weight.T)
 """
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+def test_batches_of_any_length_compile_few_kernels(ops: Any, tmp_path: Path) -> None:
+    """oneDNN writes each kernel that it compiles into a file, if asked to."""
+    program = """
+import pathlib, torch
+from megapre.kernels import library
+library.register()
+weight, dweight = torch.ones(70, 66).bfloat16(), torch.ones(70, 66)
+for last in (64, 128, 200, 256):
+    for rows in range(1, last + 1):
+        x, y = torch.ones(rows, 66).bfloat16(), torch.ones(rows, 70).bfloat16()
+        torch.ops.megapre.linear_(y, x, weight, None)
+        torch.ops.megapre.linear_input_gradient_(x, y, weight)
+        torch.ops.megapre.linear_weight_gradient_(dweight, None, y, x, False)
+    print(len(list(pathlib.Path().glob("*.bin"))))
+"""
+    path = str(Path(native.__file__).parents[2])
+    environment = {**os.environ, "ONEDNN_JIT_DUMP": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    short, *_, all_lengths = map(int, done.stdout.split())
+    if not ops.has_products_of(torch.bfloat16):
+        assert all_lengths == 0
+        return
+    assert 1 < short < 70 and all_lengths < 100, "three products of 256 lengths each"
 
 
 def test_errors_have_numbers(ops: Any) -> None:
