@@ -258,7 +258,7 @@ class Pace:
         end = time.monotonic() + timeout
         while not event.query():
             if time.monotonic() > end:
-                came = "" if receive is None or not receive.work.is_completed() else ", which came,"
+                came = " (which came)" if receive is not None and receive.work.is_completed() else ""
                 raise PipelineError(f"{self.executor.where(at)}{came}: not done in {timeout:.1f} s")
             time.sleep(5e-5)
 

@@ -1,6 +1,8 @@
 """The executor on one rank: order, hand-over between chunks, equality with plain autograd, when receives are posted."""
 
 import gc
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 from pieces import Piece, cut, micro_batches, network, whole_gradients
 from torch import Tensor, nn
 
-from megapre.parallel.pipeline import AHEAD, Executor, messages, steps
+from megapre.parallel.pipeline import AHEAD, ON_DEVICE, Executor, Pace, messages, steps
+from megapre.parallel.pipes import PipelineError
 from megapre.schedule import BUILDERS, Action, Schedule, ScheduleError, build
 
 
@@ -155,3 +158,37 @@ def test_the_hand_overs_of_a_row_match_those_of_its_peers() -> None:
         assert {step.gives for step in row} == {step.takes for step in row}
     turn = [step for step in rows[2] if step.gives is not None]
     assert {str(step.action)[0] for step in turn} <= {"F", "B", "I"} and len(turn) == 2 * 6
+
+
+class Event:
+    """Stands for a CUDA event: what is in `ended` by number of issue has ended."""
+
+    ended: ClassVar[set[int]] = set()
+    issued = 0
+    asked: ClassVar[list[int]] = []
+
+    def record(self) -> None:
+        self.number, Event.issued = Event.issued, Event.issued + 1
+
+    def query(self) -> bool:
+        Event.asked.append(self.number)
+        return self.number in Event.ended
+
+
+def test_the_host_is_a_few_actions_ahead_and_sees_what_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    executor: Any = SimpleNamespace(pipes=SimpleNamespace(timeout=0.1), where=lambda at: f"rank 0, action {at}")
+    pace = Pace(executor)
+    for at in range(ON_DEVICE):
+        pace.issued(at, None)
+    assert not Event.asked, "nothing to wait for yet"
+    Event.ended.update({0, 1})
+    pace.issued(8, None)
+    pace.issued(9, None)
+    assert Event.asked == [0, 1]
+    came: Any = SimpleNamespace(work=SimpleNamespace(is_completed=lambda: True))
+    with pytest.raises(PipelineError, match=r"rank 0, action 2: not done in 0\.1 s"):
+        pace.issued(10, came)
+    Event.ended.update(range(3, 10))
+    with pytest.raises(PipelineError, match=r"rank 0, action 10 \(which came\): not done in 0\.1 s"):
+        pace.settle()
