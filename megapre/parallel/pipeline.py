@@ -6,31 +6,23 @@ its chunks for each micro-batch. The executor walks its rank's order and hands t
 optimizers: a chunk is anything with the methods of `Chunk`. With one rank every hand-over is local, and gradient
 accumulation needs no code of its own: it is the schedule of one rank with several micro-batches.
 
-When is a receive posted? Late ones leave the link idle. Early ones are worse: operations on one NCCL communicator run
-in the order of issue, and a receive whose message is far away stands before everything behind it. Here each direction
-between two ranks has a channel of its own, so that a receive can only stand before receives of the same peer, and
-these are posted in the order in which the peer sends, which its row of the schedule tells. The channel's next message
-is posted at most AHEAD actions before the one that takes it, and never a second one that the action at hand does not
-need: the kernel of a receive then waits for its message alone, not for an earlier receive, so that with a single
-hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1) too nothing holds up the sends behind it.
-
-Hence what `megapre.schedule.check` proves of first-in-first-out channels holds here, and a checked schedule cannot
+When receives are posted is worked out beforehand (megapre.parallel.handover), such that a checked schedule cannot
 deadlock. A peer that is gone or stuck is another matter: each wait ends with an error that names rank, action and peer.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
 from megapre.schedule import Action, Schedule, checked
-from megapre.schedule.routes import routes
 
+from .handover import messages, steps
 from .pipes import PipelineError, Pipes, Receive
 
 if TYPE_CHECKING:
@@ -38,8 +30,6 @@ if TYPE_CHECKING:
 
     from .trace import Trace
 
-AHEAD = 2
-"""Actions before which the receive of an action's input may be posted: of 1F1B, one forward and one backward."""
 ON_DEVICE = 8
 """Actions that the host may be ahead of a CUDA device: enough to keep it fed, few enough to see a hang, and to bound
 the memory of outputs that have left but whose send the host has not yet seen done."""
@@ -76,29 +66,6 @@ class SplitChunk(Chunk, Protocol):
     def backward_weights(self, micro_batch: int) -> None:
         """Accumulates the parameter gradients that `backward_input` left."""
         ...
-
-
-class Message(NamedTuple):
-    """What goes to or comes from a peer, a rank of the pipeline: an event, as in megapre.schedule.routes."""
-
-    peer: int
-    event: int
-
-
-class Step(NamedTuple):
-    """An action with its hand-overs. Events that stay on the rank are handed over locally."""
-
-    action: Action
-    posts: tuple[Message, ...]
-    """Receives to post before."""
-    receives: Message | None
-    """The input, where it comes from a peer."""
-    takes: int | None
-    """The input, where it was made on this rank."""
-    sends: Message | None
-    """The output, where it goes to a peer."""
-    gives: int | None
-    """The output, where it stays on this rank."""
 
 
 class Executor:
@@ -261,49 +228,6 @@ class Pace:
                 came = " (which came)" if receive is not None and receive.work.is_completed() else ""
                 raise PipelineError(f"{self.executor.where(at)}{came}: not done in {timeout:.1f} s")
             time.sleep(5e-5)
-
-
-def steps(schedule: Schedule, rank: int, evaluation: bool = False) -> Iterator[Step]:
-    """The row of `rank` with all hand-overs; see the head of this file on when receives are posted."""
-    table, last = routes(schedule)[rank], schedule.stages - 1
-    program = [action for action in schedule[rank] if action.kind == "F" or not evaluation]
-    order = {
-        peer: [Message(peer, event) for _, event in messages(schedule, peer, rank, evaluation)]
-        for peer in {way.source for ways in table.values() for way in ways if way.source is not None}
-    }
-    place = {way: k for channel in order.values() for k, way in enumerate(channel)}
-    receives: list[Message | None] = []
-    for kind, chunk, i in program:
-        way = table[kind][chunk]
-        receives.append(None if way.source is None or way.takes is None else Message(way.source, way.takes + i))
-    posted: Counter[int] = Counter()
-    needed: Counter[int] = Counter()
-    for at, action in enumerate(program):
-        posts: list[Message] = []
-        for distance, message in enumerate(receives[at : at + 1 + AHEAD]):
-            if message is None:
-                continue
-            peer, k = message.peer, place[message]
-            if distance == 0:
-                until = needed[peer] = max(needed[peer], k + 1)
-            else:  # the next one, if all that are posted are needed by now
-                until = min(k + 1, needed[peer] + 1)
-            posts += order[peer][posted[peer] : until]
-            posted[peer] = max(posted[peer], until)
-        way, i = table[action.kind][action.chunk], action.micro_batch
-        takes = None if way.takes is None or way.source is not None else way.takes + i
-        sends = None if way.target is None else Message(way.target, way.event + i)
-        stays = sends is None and action.kind != "W" and way.stage != (last if action.kind == "F" else 0)
-        yield Step(action, tuple(posts), receives[at], takes, sends, way.event + i if stays else None)
-
-
-def messages(schedule: Schedule, source: int, target: int, evaluation: bool = False) -> Iterator[tuple[Action, int]]:
-    """What rank `source` sends to rank `target`, in order: the action that brings it about, and the event."""
-    table = routes(schedule)[source]
-    for action in schedule[source]:
-        way = table[action.kind][action.chunk]
-        if way.target == target and (action.kind == "F" or not evaluation):
-            yield action, way.event + action.micro_batch
 
 
 def _call(chunk: Chunk, action: Action) -> Callable[[int, Tensor | None], Tensor | None]:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pieces import Piece, cut, micro_batches, network, whole_gradients
 from torch import Tensor, nn
 
-from megapre.parallel.pipeline import AHEAD, ON_DEVICE, Executor, Pace, messages, steps
+from megapre.parallel.handover import AHEAD, messages, steps
+from megapre.parallel.pipeline import ON_DEVICE, Executor, Pace
 from megapre.parallel.pipes import PipelineError
 from megapre.schedule import BUILDERS, Action, Schedule, ScheduleError, build
 
