@@ -400,7 +400,7 @@ def same_losses(rows: list[Row]) -> Iterator[str]:
     """Whether megapre's losses are those of its peers."""
     for ours in filter(is_ours, rows):
         for kind in ("autocast", "bf16"):
-            bound = LOSS_BOUND_BF16 if "bf16" in (kind, ours["provider"].rpartition("-")[2]) else LOSS_BOUND
+            bound = LOSS_BOUND_BF16 if kind == "bf16" or "bf16" in ours["provider"] else LOSS_BOUND
             peers = [row for row in rows if not is_ours(row) and kind in row["provider"]]
             if peers:
                 apart = max(furthest(ours, row) for row in peers)

@@ -149,6 +149,10 @@ class Layout(Section):
     )
     balance: bool = knob(False, description="choose stages so that ranks have equal work, with embedding and head")
     sequence_parallel: bool = knob(True, description="with tp > 1, cut norms and dropouts over the sequence too")
+    overlap_products: bool = knob(
+        False, description="sequence_parallel: gather and scatter piece by piece, beside the products of the pieces"
+    )
+    shard_optimizer: bool = knob(True, description="each replica keeps and updates a share of the states (ZeRO-1)")
     recompute: Annotated[tuple[Literal["norm", "activation", "block"], ...], BeforeValidator(_listed)] = knob(
         (), description="what the backward computes again instead of keeping it; block = all within a layer"
     )

@@ -235,6 +235,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg, self.ops, self.tensor, self.recompute = cfg, ops, tensor, recompute
         self.piece = Piece(True, range(cfg.layers), True) if piece is None else piece
+        self.before_use: Callable[[str], None] | None = None
+        """Called before parameters are read, with what their names begin with, where they may still be on their way."""
         make = Make(ops, {"dtype": dtype, "device": device}, tensor)
         size = 1 if tensor is None else tensor.size
         own, rows = local(cfg, size), cfg.vocab_padded // size
@@ -295,10 +297,13 @@ class Transformer(nn.Module):
         [B, S, H] or [T / size, H] with sequence parallelism, and from the last piece to the loss. Arguments as `loss`.
         """
         places = self.places(tokens_BS.shape, positions_BS, cu_seqlens)
+        if stream is None:
+            self._await("embed.", "positions.")
         x = self.embed_tokens(tokens_BS, places) if stream is None else stream
         x, residual = self.run_blocks(x, places)
         if not self.piece.last:
             return x if residual is None else x + residual
+        self._await("norm.", "head.", "embed.")
         return self.loss_of(self.norm(x, residual)[0], labels_BS, upstream)
 
     def hidden(
@@ -353,13 +358,20 @@ class Transformer(nn.Module):
         blocks, residual = list(self.blocks), None
         whole = min(self.recompute.blocks, len(blocks)) if torch.is_grad_enabled() else 0
         for start in range(0, whole, self.recompute.group):
+            self._await(*(f"blocks.{layer}." for layer in self.piece.layers[start : start + self.recompute.group]))
             stream = x if residual is None else x + residual
             part = blocks[start : min(start + self.recompute.group, whole)]
             x, residual = checkpoint(_run_in_turn, part, stream, places, use_reentrant=False)
         for index, block in enumerate(blocks[whole:], start=whole):
+            self._await(f"blocks.{self.piece.layers[index]}.")
             layer_cache = None if cache is None else cache.layer(index)
             x, residual = block(x, residual, places, layer_cache, self.recompute)
         return x, residual
+
+    def _await(self, *names: str) -> None:
+        if self.before_use is not None:
+            for name in names:
+                self.before_use(name)
 
     @property
     def head_weight(self) -> Tensor:

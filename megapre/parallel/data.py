@@ -257,6 +257,7 @@ class FlatParameters:
         for name, parameter in reverse:
             members.setdefault((decays(name, parameter), share(name)), []).append((name, parameter))
         shards = replicas if sharded else ALONE
+        self.counts = sharded or replicas.index == 0
         self.groups = tuple(
             FlatGroup(side, known, found, bucket_elements, keep_master, grad_dtype, shards)
             for (side, known), found in sorted(members.items(), key=lambda item: not item[0][0])
@@ -292,7 +293,7 @@ class FlatParameters:
 
     def counted(self) -> list[Tensor]:
         """The gradients whose squares, summed over all ranks, are the square of the norm."""
-        return [part for group in self.groups for part in group.counted()]
+        return [part for group in self.groups for part in group.counted()] if self.counts else []
 
     def named(self, buffer: Callable[[FlatGroup], Tensor]) -> dict[str, Tensor]:
         """Views by parameter name of the whole buffer that `buffer` picks, such as `lambda group: group.grad`."""

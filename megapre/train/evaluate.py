@@ -24,12 +24,14 @@ from megapre.data.gpt_index import build_sample_index
 
 from . import machine
 from .folder import TOKENIZERS, RunFolderError, open_run
-from .step import Engine, build_model, check_tokens, inputs
+from .stage import build_model, check_tokens, inputs
 
 if TYPE_CHECKING:
     from megapre.config import Config, Source
     from megapre.data import GlobalBatch
     from megapre.model.transformer import Transformer
+
+    from .step import Engine
 
 
 class Validation(NamedTuple):
@@ -65,10 +67,15 @@ def mean_loss(model: Transformer, batches: Iterable[GlobalBatch], device: torch.
 
 
 def validate(engine: Engine, loader: Loader) -> Validation:
-    """The validation of a run: the same batches each time, the loader's from its beginning."""
+    """The validation of a run: the same batches each time, the loader's from its beginning; on every rank the same."""
     loader.seek(0)
+    total, tokens = torch.zeros(2, dtype=torch.float64, device=engine.device).unbind()
     with loader:
-        return mean_loss(engine.model, loader, engine.device)
+        for batch in loader:
+            loss, counted = engine.evaluate(batch)
+            total += loss
+            tokens += counted
+    return Validation(float(total) / max(float(tokens), 1), int(tokens))
 
 
 def run(run_dir: str | Path, data: str = "", batches: int = 0, device: str = "auto") -> list[Evaluation]:

@@ -1,38 +1,39 @@
 """One training step: schedule -> executor -> gradient buffers -> optimizer.
 
-The loss of a step is the mean over all its valid tokens, however they are spread over micro-batches: each micro-batch
-contributes its *sum* of token losses, and its backward starts from 1 / (valid tokens of the step). Nothing in a step
-waits for the device: loss, gradient norm and the decision to skip a non-finite update stay there until somebody logs
-them.
+The loss of a step is the mean over all its valid tokens, however they are spread over micro-batches and replicas: each
+micro-batch contributes its *sum* of token losses, and its backward starts from 1 / (valid tokens of the step). Nothing
+in a step of one rank waits for the device: loss, gradient norm and the decision to skip a non-finite update stay there
+until somebody logs them.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megapre import kernels, schedule
-from megapre.data import DataError
+from megapre.mesh import Mesh
 from megapre.model.decay import decays
 from megapre.model.init import initialize
-from megapre.model.recompute import Recompute
-from megapre.model.transformer import Transformer
 from megapre.optim.adamw import AdamW
 from megapre.optim.clipping import clip_factor, not_finite
 from megapre.optim.scaling import LossScale
+from megapre.parallel.comm import Groups, Place, connect
 from megapre.parallel.data import FlatParameters
 from megapre.parallel.pipeline import Executor
+from megapre.parallel.pipes import Pipes
+from megapre.schedule import BUILDERS
 
 from .machine import DTYPES
+from .stage import Feed, Stage, build_pieces, parameters, schedule_of, share_of, stream_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from megapre.config import Config, Layout
-    from megapre.data import GlobalBatch, MicroBatch
+    from megapre.config import Config
+    from megapre.data import GlobalBatch
+    from megapre.model.transformer import Transformer
+    from megapre.parallel.trace import Trace
 
 
 class StepResult(NamedTuple):
@@ -47,122 +48,120 @@ class StepResult(NamedTuple):
     loss_scale: Tensor | None = None
 
 
-class WholeModel:
-    """The chunk of a pipeline of one stage: tokens go in, the loss comes out."""
-
-    def __init__(
-        self, loss: Callable[..., Tensor], vocab: int, device: torch.device, loss_scale: LossScale | None = None
-    ) -> None:
-        self.loss, self.loss_scale = loss, loss_scale
-        self.vocab = vocab
-        self.device = device
-        self.micro_batches: tuple[MicroBatch, ...] = ()
-        self.losses: dict[int, Tensor] = {}
-        self.total = torch.zeros((), device=device)
-        self.per_token = torch.ones((), device=device)
-        # What every backward begins with. In fp16 it goes into the logits' gradient before that is rounded.
-        self.upstream = self.per_token if loss_scale is None else torch.ones((), device=device)
-
-    def feed(self, batch: GlobalBatch) -> None:
-        """Takes the next step's micro-batches, sets the scale of every backward and starts the step's loss at zero.
-
-        Raises DataError for a token outside the vocabulary.
-        """
-        check_tokens(batch, self.vocab)
-        self.micro_batches = batch.micro_batches
-        self.per_token.fill_(1.0 / max(batch.valid_tokens, 1))
-        if self.loss_scale is not None:
-            torch.mul(self.per_token, self.loss_scale.scale, out=self.upstream)
-        self.total.zero_()
-
-    def forward(self, micro_batch: int, x: Tensor | None) -> Tensor:
-        assert x is None, "the first chunk fetches its own input"
-        loss = self.loss(*inputs(self.micro_batches[micro_batch], self.device), self.upstream)
-        self.losses[micro_batch] = loss
-        return loss
-
-    def backward(self, micro_batch: int, grad: Tensor | None) -> None:
-        assert grad is None, "the last chunk's output is the loss"
-        loss = self.losses.pop(micro_batch)
-        loss.backward(self.upstream)
-        self.total += loss.detach() * self.per_token
+def connected(cfg: Config, here: Place, device: torch.device) -> Groups:
+    """The groups that `cfg`'s layout needs, among `here.world` ranks. Raises MeshError and CommError."""
+    layout, model = cfg.layout, cfg.model
+    v = BUILDERS[layout.schedule].placement == "v"
+    return connect(
+        Mesh(here.world, layout.tp, layout.pp, layout.cp),
+        here.rank,
+        device,
+        embedding=model.tied and not v,
+        wrap=layout.vpp > 1 and not v,
+        kv=max(layout.tp // model.kv_heads, 1),
+    )
 
 
 class Engine:
-    """Everything a step works on, built from a config whose vocabulary is known."""
+    """Everything a step works on, on one rank, built from a config whose vocabulary is known.
 
-    def __init__(self, cfg: Config, device: torch.device) -> None:
+    `groups` are this rank's, of a mesh with the config's layout (`connected`); None: it is the only rank. `models` are
+    its pieces of the model, in model order.
+    """
+
+    def __init__(self, cfg: Config, device: torch.device, groups: Groups | None = None) -> None:
         self.cfg, self.device = cfg, device
-        self.model = build_model(cfg, device)
-        self.ops = self.model.ops
-        initialize(self.model, cfg.run.seed)
+        self.groups = groups = connected(cfg, Place(), device) if groups is None else groups
+        plan = schedule_of(cfg, groups.dp.size)
+        self.models = build_pieces(cfg, groups, plan)
+        self.ops = self.models[0].ops
+        for model in self.models:
+            initialize(model, cfg.run.seed)
         self.flat = FlatParameters(
-            self.model.named_parameters(),
+            parameters(self.models),
             decays,
             keep_master=cfg.optim.master == "fp32",
             grad_dtype=DTYPES[cfg.optim.grad_dtype],
+            share=lambda name: share_of(name, cfg, groups),
+            replicas=groups.dp_cp,
+            sharded=cfg.layout.shard_optimizer,
         )
+        if self.flat.exchange is not None and not cfg.run.compile:
+            for model in self.models:
+                model.before_use = self.flat.exchange.ready
         self.optimizer = AdamW(self.flat.groups, cfg.optim, self.ops.adamw_, self.ops.adamw_stochastic_, cfg.run.seed)
         self.loss_scale = LossScale(cfg.optim, device) if cfg.run.dtype == "fp16" else None
-        loss = torch.compile(self.model.loss, dynamic=False) if cfg.run.compile else self.model.loss
-        self.chunk = WholeModel(loss, cfg.model.vocab, device, self.loss_scale)
-        micro_batches = cfg.batch.micro_batches(dp=1)
-        self.executor = Executor(schedule.build(cfg.layout.schedule, 1, 1, micro_batches), [self.chunk])
+        self.feed = Feed(cfg.model.vocab, device, self.loss_scale)
+        self.stages = [Stage(model, self.feed, self.flat, cfg.run.compile) for model in self.models]
+        pipes = Pipes(groups, stream_shape(cfg, groups), DTYPES[cfg.run.dtype]) if groups.pp.size > 1 else None
+        self.executor = Executor(plan, self.stages, pipes)
+        self.evaluator = Executor(plan, self.stages, pipes, evaluation=True)
 
-    def step(self, batch: GlobalBatch, lr: float) -> StepResult:
-        """Forward and backward of every micro-batch of `batch`, then one update at rate `lr`."""
-        self.chunk.feed(batch)
+    @property
+    def model(self) -> Transformer:
+        """The whole model, where each rank has it."""
+        assert self.groups.mesh.world == self.groups.dp.size and len(self.models) == 1, "the model is in pieces"
+        return self.models[0]
+
+    def step(self, batch: GlobalBatch, lr: float, trace: Trace | None = None) -> StepResult:
+        """Forward and backward of every micro-batch of `batch`, this rank's share, then one update at rate `lr`.
+
+        The result is the same on every rank. Raises DataError for a token outside the vocabulary, and PipelineError.
+        """
+        exchange = self.flat.exchange
+        self.feed.take(batch, self._valid_tokens(batch))
+        if exchange is not None and self.cfg.run.compile:
+            exchange.ready()
         self.flat.begin_step()
-        self.executor.run()
+        self.executor.run(trace)
         self.flat.finish_step()
-        norm = self.ops.grad_norm([group.grad for group in self.flat.groups])
-        if self.loss_scale is None:
-            skipped = not_finite(self.chunk.total, norm)
-            self.optimizer.step(lr, clip_factor(norm, self.cfg.optim.clip), skipped)
-            return StepResult(self.chunk.total.clone(), norm, skipped)
-        scale = self.loss_scale.scale.clone()
-        norm = norm / scale
-        skipped = not_finite(self.chunk.total, norm)
+        counted = self.flat.counted()
+        loss, norm = self._over_all_ranks(self.feed.total, self.ops.grad_norm(counted) if counted else None)
+        scale = None if self.loss_scale is None else self.loss_scale.scale.clone()
+        norm = norm if scale is None else norm / scale
+        skipped = not_finite(loss, norm)
         factor = clip_factor(norm, self.cfg.optim.clip)
-        self.optimizer.step(lr, (1.0 if factor is None else factor) / scale, skipped)
-        self.loss_scale.update(skipped)
-        return StepResult(self.chunk.total.clone(), norm, skipped, scale)
+        if scale is not None:
+            factor = (1.0 if factor is None else factor) / scale
+        self.optimizer.step(lr, factor, skipped)
+        if self.loss_scale is not None:
+            self.loss_scale.update(skipped)
+        if exchange is not None:
+            exchange.gather()
+        return StepResult(loss, norm, skipped, scale)
 
+    def evaluate(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
+        """The summed loss of `batch` and its tokens with a loss, over the shares of all ranks; the same on each."""
+        self.settle()
+        self.feed.take(batch, 1.0)
+        self.evaluator.run()
+        loss, _ = self._over_all_ranks(self.feed.total, None)
+        return loss, torch.as_tensor(self._valid_tokens(batch), device=self.device)
 
-def build_model(cfg: Config, device: torch.device) -> Transformer:
-    """The model over the kernels of `device`, its weights not yet set. Raises KernelUnavailable."""
-    dtype = DTYPES[cfg.run.dtype]
-    ops = kernels.choose(device.type, cfg.kernels, dtype)
-    return Transformer(cfg.model, ops, dtype=dtype, device=device, recompute=recompute_of(cfg.layout))
+    def settle(self) -> None:
+        """Waits until every parameter here is what the last update has made of it, on whatever rank."""
+        self.executor.settle()
+        if self.flat.exchange is not None:
+            self.flat.exchange.ready()
 
+    def _valid_tokens(self, batch: GlobalBatch) -> Tensor | float:
+        replicas = self.groups.dp_cp
+        if replicas.size == 1:
+            return float(batch.valid_tokens)
+        tokens = torch.full((), float(batch.valid_tokens), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tokens, group=replicas.handle)
+        return tokens
 
-def recompute_of(layout: Layout) -> Recompute:
-    names = layout.recompute
-    blocks = (layout.recompute_layers or sys.maxsize) if "block" in names else 0
-    return Recompute("norm" in names, "activation" in names, blocks, layout.recompute_group)
+    def _over_all_ranks(self, loss: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sum of the replicas' losses, and the norm of all gradients from those of the ranks, in one collective.
 
-
-def check_tokens(batch: GlobalBatch, vocab: int) -> None:
-    """Raises DataError for a token outside the vocabulary, which a device would answer with a crash or worse."""
-    for part in batch.micro_batches:
-        outside = (part.tokens < 0) | (part.tokens >= vocab)
-        if outside.any():
-            raise DataError(
-                f"the data holds token {int(part.tokens[outside][0])}, the model knows 0 .. {vocab - 1}: the data is "
-                f"damaged, or made with another tokenizer, or model.vocab = {vocab} is too small for it"
-            )
-
-
-def inputs(micro_batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The arguments of `Transformer.loss` on the device; to CUDA through pinned memory, overlapping what runs there."""
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-    part = micro_batch
-    return (
-        move(part.tokens),
-        move(part.labels),
-        None if part.positions is None else move(part.positions),
-        None if part.cu_seqlens is None else move(part.cu_seqlens),
-    )
+        Ranks of one tensor-parallel group have the same loss; only those with the last stage have one.
+        """
+        norm = torch.zeros_like(loss) if norm is None else norm
+        if self.groups.world.size == 1:
+            return loss.clone(), norm
+        self.executor.settle()
+        told = self.models[-1].piece.last and self.groups.tp.index == 0
+        pair = torch.stack([loss.double() if told else torch.zeros_like(loss, dtype=torch.float64), norm.double() ** 2])
+        dist.all_reduce(pair, group=self.groups.world.handle)
+        return pair[0].float(), pair[1].sqrt().float()

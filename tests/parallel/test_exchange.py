@@ -63,8 +63,9 @@ def train(
                 net(tokens, use=step != 1).backward()
         early = 0 if flat.exchange is None else flat.exchange.begun
         flat.finish_step()
-        norm = ops.grad_norm(flat.counted())
-        if sharded and replicas.size > 1:
+        counted = flat.counted()
+        norm = ops.grad_norm(counted) if counted else torch.zeros(())
+        if replicas.size > 1:
             square = norm.square()
             dist.all_reduce(square, group=replicas.handle)
             norm = square.sqrt()

@@ -183,11 +183,11 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
     def poisoned(self: Engine, *args: object) -> StepResult:
         nonlocal count
         count += 1
-        loss = self.chunk.loss
+        loss = self.stages[0].run
         if count in steps:
-            self.chunk.loss = lambda *inputs: loss(*inputs[:-1]) * math.nan  # without the promised upstream gradient
+            self.stages[0].run = lambda *inputs: loss(*inputs[:-1]) * math.nan  # without the promised upstream gradient
         result = step(self, *args)  # type: ignore[arg-type]
-        self.chunk.loss = loss
+        self.stages[0].run = loss
         return result
 
     monkeypatch.setattr(Engine, "step", poisoned)

@@ -113,7 +113,7 @@ def test_an_overflow_skips_halves_and_goes_on() -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_other_dtypes_have_no_scale(dtype: str) -> None:
     engine = Engine(debug(f"run.dtype={dtype}"), CPU)
-    assert engine.loss_scale is None and engine.chunk.upstream is engine.chunk.per_token
+    assert engine.loss_scale is None and engine.feed.upstream is engine.feed.per_token
     assert engine.step(next(made_up(engine.cfg)), 1e-3).loss_scale is None
 
 

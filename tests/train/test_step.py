@@ -111,9 +111,9 @@ def test_a_step_that_is_not_finite_changes_nothing(where: str, dtype: str) -> No
     buffers += engine.optimizer.exp_avg + engine.optimizer.exp_avg_sq
     before = [buffer.clone() for buffer in buffers]
 
-    loss, hook = engine.chunk.loss, None
+    loss, hook = engine.stages[0].run, None
     if where == "loss":
-        engine.chunk.loss = lambda *inputs: loss(*inputs) * torch.tensor(math.nan)
+        engine.stages[0].run = lambda *inputs: loss(*inputs) * torch.tensor(math.nan)
     else:
         weight = engine.model.norm.weight  # its gradient comes through autograd
         hook = weight.register_hook(lambda grad: torch.where(grad == grad.max(), math.inf, grad))
@@ -122,7 +122,7 @@ def test_a_step_that_is_not_finite_changes_nothing(where: str, dtype: str) -> No
     assert where == "loss" or (result.loss.isfinite() and result.grad_norm.isinf())
     assert all(torch.equal(a, b) for a, b in zip(before, buffers, strict=True))
 
-    engine.chunk.loss = loss
+    engine.stages[0].run = loss
     if hook is not None:
         hook.remove()
     result = engine.step(next(batches), 1e-3)

@@ -139,8 +139,8 @@ def test_full_disks_are_told_once(capfd: pytest.CaptureFixture[str]) -> None:
 
 def diverge(monkeypatch: pytest.MonkeyPatch, after: int, spoil: bool = False) -> None:
     def poison(engine: Engine) -> None:
-        loss = engine.chunk.loss
-        engine.chunk.loss = lambda *inputs: loss(*inputs) * math.nan
+        loss = engine.stages[0].run
+        engine.stages[0].run = lambda *inputs: loss(*inputs) * math.nan
         if spoil:
             next(iter(engine.model.parameters())).data[0] = math.nan
 

@@ -1,0 +1,200 @@
+"""A pipeline's chunks over the real model: a rank's pieces of it, what feeds them, and their split backward."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from megapre import kernels, schedule
+from megapre.data import DataError
+from megapre.model.cut import is_cut, local, needs_sum, short
+from megapre.model.recompute import Recompute
+from megapre.model.transformer import Piece, Transformer
+from megapre.parallel.data import NOT_SHARED, FlatParameters, Share
+from megapre.parallel.tensor import TensorGroup
+from megapre.plan.partition import layers_of_stages
+
+from .machine import DTYPES
+
+if TYPE_CHECKING:
+    from megapre.config import Config, Layout
+    from megapre.data import GlobalBatch, MicroBatch
+    from megapre.optim.scaling import LossScale
+    from megapre.parallel.comm import Groups
+    from megapre.schedule import Schedule
+
+
+def schedule_of(cfg: Config, dp: int) -> Schedule:
+    """The order in which a step of `cfg` runs, of `dp` replicas."""
+    layout = cfg.layout
+    group = layout.group or None
+    return schedule.build(layout.schedule, layout.pp, layout.vpp, cfg.batch.micro_batches(dp), group=group)
+
+
+def build_model(cfg: Config, device: torch.device) -> Transformer:
+    """The whole model over the kernels of `device`, its weights not yet set. Raises KernelUnavailable."""
+    dtype = DTYPES[cfg.run.dtype]
+    ops = kernels.choose(device.type, cfg.kernels, dtype)
+    return Transformer(cfg.model, ops, dtype=dtype, device=device, recompute=recompute_of(cfg.layout))
+
+
+def build_pieces(cfg: Config, groups: Groups, plan: Schedule) -> list[Transformer]:
+    """This rank's pieces of the model, in model order. Both ends on one rank share a tied embedding."""
+    dtype, device, layout = DTYPES[cfg.run.dtype], groups.device, cfg.layout
+    ops = kernels.choose(device.type, cfg.kernels, dtype)
+    tensor = None
+    if groups.tp.handle is not None:
+        tensor = TensorGroup(
+            groups.tp.handle, groups.tp.index, groups.tp.size, layout.sequence_parallel, layout.overlap_products
+        )
+    bounds = list(accumulate(layers_of_stages(cfg), initial=0))
+    stages = sorted(plan.stage_of(groups.pp.index, chunk) for chunk in range(plan.chunks))
+    models = [
+        Transformer(
+            cfg.model,
+            ops,
+            dtype=dtype,
+            device=device,
+            tensor=tensor,
+            piece=Piece(stage == 0, range(bounds[stage], bounds[stage + 1]), stage == plan.stages - 1),
+            recompute=recompute_of(layout),
+        )
+        for stage in stages
+    ]
+    if cfg.model.tied and len(models) > 1 and models[0].piece.first and models[-1].piece.last:
+        models[-1].embed = models[0].embed
+    return models
+
+
+def recompute_of(layout: Layout) -> Recompute:
+    names = layout.recompute
+    blocks = (layout.recompute_layers or sys.maxsize) if "block" in names else 0
+    return Recompute("norm" in names, "activation" in names, blocks, layout.recompute_group)
+
+
+def parameters(models: Sequence[Transformer]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Those of all pieces in model order, each once."""
+    seen: set[int] = set()
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, parameter
+
+
+def share_of(name: str, cfg: Config, groups: Groups) -> Share:
+    """Who else in this replica of the model has parameter `name` or part of it, and who counts it."""
+    tp, kv, ends = groups.tp, groups.kv, groups.embedding
+    if name == "embed.weight" and ends is not None:
+        return Share(ends, ends.index == 0)
+    if short(name).startswith("attn.qkv.") and kv.size > 1:
+        model = local(cfg.model, tp.size)
+        rows = model.heads * model.head_dim
+        return Share(kv, kv.index == 0, ((rows, rows + 2 * model.kv_heads * model.head_dim),))
+    if tp.size == 1 or is_cut(name):
+        return NOT_SHARED
+    return Share(tp if needs_sum(name, cfg.layout.sequence_parallel) else None, tp.index == 0)
+
+
+def stream_shape(cfg: Config, groups: Groups) -> tuple[int, ...]:
+    """What one stage hands to the next."""
+    batch, hidden = cfg.batch, cfg.model.hidden
+    if groups.tp.size > 1 and cfg.layout.sequence_parallel:
+        return batch.micro * batch.seq_length // groups.tp.size, hidden
+    return batch.micro, batch.seq_length, hidden
+
+
+class Feed:
+    """The micro-batches of a step, what every backward begins with, and the sum of losses so far."""
+
+    def __init__(self, vocab: int, device: torch.device, loss_scale: LossScale | None) -> None:
+        self.vocab, self.device, self.loss_scale = vocab, device, loss_scale
+        self.micro_batches: tuple[MicroBatch, ...] = ()
+        self.total = torch.zeros((), device=device)
+        self.per_token = torch.ones((), device=device)
+        # In fp16 the scale goes into the logits' gradient before that is rounded.
+        self.upstream = self.per_token if loss_scale is None else torch.ones((), device=device)
+
+    def take(self, batch: GlobalBatch, valid_tokens: Tensor | float) -> None:
+        """The next step's micro-batches, in which all replicas together have so many tokens with a loss.
+
+        Raises DataError for a token outside the vocabulary.
+        """
+        check_tokens(batch, self.vocab)
+        self.micro_batches = batch.micro_batches
+        if isinstance(valid_tokens, Tensor):
+            torch.reciprocal(valid_tokens.clamp(min=1), out=self.per_token)
+        else:
+            self.per_token.fill_(1.0 / max(valid_tokens, 1))
+        if self.loss_scale is not None:
+            torch.mul(self.per_token, self.loss_scale.scale, out=self.upstream)
+        self.total.zero_()
+
+
+class Stage:
+    """The chunk of a pipeline that one piece of the model is (megapre.parallel.pipeline.SplitChunk)."""
+
+    def __init__(self, model: Transformer, feed: Feed, flat: FlatParameters, compiled: bool) -> None:
+        self.run: Callable[..., Tensor] = torch.compile(model.run, dynamic=False) if compiled else model.run
+        self.feed, self.flat, self.last = feed, flat, model.piece.last
+        self.kept: dict[int, tuple[Tensor | None, GradientEdge]] = {}
+        self.postponed: dict[int, list[Callable[[], None]]] = {}
+
+    def forward(self, micro_batch: int, x: Tensor | None) -> Tensor:
+        feed, trained = self.feed, torch.is_grad_enabled()
+        leaf = x if x is None or not trained else x.detach().requires_grad_()
+        out = self.run(leaf, *inputs(feed.micro_batches[micro_batch], feed.device), feed.upstream)
+        if self.last:
+            feed.total += out.detach() * feed.per_token if trained else out
+        if trained:
+            self.kept[micro_batch] = leaf, get_gradient_edge(out)
+        return out
+
+    def backward(self, micro_batch: int, grad: Tensor | None) -> Tensor | None:
+        leaf, edge = self.kept.pop(micro_batch)
+        torch.autograd.backward((edge,), (self.feed.upstream if grad is None else grad,))
+        return None if leaf is None else leaf.grad
+
+    def backward_input(self, micro_batch: int, grad: Tensor | None) -> Tensor | None:
+        self.flat.postponed = self.postponed[micro_batch] = []
+        try:
+            return self.backward(micro_batch, grad)
+        finally:
+            self.flat.postponed = None
+
+    def backward_weights(self, micro_batch: int) -> None:
+        with torch.no_grad():
+            for write in self.postponed.pop(micro_batch):
+                write()
+
+
+def check_tokens(batch: GlobalBatch, vocab: int) -> None:
+    """Raises DataError for a token outside the vocabulary, which a device would answer with a crash or worse."""
+    for part in batch.micro_batches:
+        outside = (part.tokens < 0) | (part.tokens >= vocab)
+        if outside.any():
+            raise DataError(
+                f"the data holds token {int(part.tokens[outside][0])}, the model knows 0 .. {vocab - 1}: the data is "
+                f"damaged, or made with another tokenizer, or model.vocab = {vocab} is too small for it"
+            )
+
+
+def inputs(micro_batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Tokens, labels, positions and cu_seqlens on the device; to CUDA through pinned memory, overlapping what runs."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+    part = micro_batch
+    return (
+        move(part.tokens),
+        move(part.labels),
+        None if part.positions is None else move(part.positions),
+        None if part.cu_seqlens is None else move(part.cu_seqlens),
+    )
