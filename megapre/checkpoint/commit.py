@@ -21,7 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from megapre.errors import UserError
+
+from .pieces import Pieces, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,32 +64,89 @@ def committed(checkpoints: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def save(checkpoints: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
+def save(
+    checkpoints: Path,
+    step: int,
+    tensors: Mapping[str, Tensor | Pieces],
+    facts: Mapping[str, Any],
+    ranks: dist.ProcessGroup | None = None,
+) -> Path:
     """Commits `tensors` (by name, any device) and `facts` (JSON values) as the checkpoint of `step`; returns its
-    folder.
+    folder. To be called on all of `ranks`, which see the same file system; the first of them commits.
 
-    Raises CheckpointError when anything cannot be written, after removing what was; earlier checkpoints stay intact.
+    Raises CheckpointError, on every rank, when anything cannot be written, after removing what was; earlier
+    checkpoints stay intact.
     """
     final = folder_of(checkpoints, step)
     partial = checkpoints / f".{final.name}.partial"
+    alone = ranks is None
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        with _torch_checkpoint() as dcp:
+        with _together(ranks) as first:
+            if first:
+                checkpoints.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+        with _torch_checkpoint() as (dcp, planners):
             writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
-        files = {p.name: _fingerprint(p) for p in sorted(partial.iterdir())}
-        _write_manifest(partial, {**facts, "step": step}, files)
-        _fsync(partial)
-        if final.exists():  # a damaged one of the same step, that a resumed run has now computed again
-            retire(final)
-        partial.rename(final)
-        _fsync(checkpoints)
+            planner = planners.SavePlanner(_as_pieces(tensors))
+            dcp.save({}, storage_writer=writer, planner=planner, process_group=ranks, no_dist=alone)
+        with _together(ranks) as first:
+            own = {p.name: _fingerprint(p) for p in sorted(partial.iterdir()) if _writer_of(p) == _rank(ranks)}
+        files = _gathered(own, ranks)
+        with _together(ranks) as first:
+            if first:
+                _write_manifest(partial, {**facts, "step": step}, files)
+                _fsync(partial)
+                if final.exists():  # a damaged one of the same step, that a resumed run has now computed again
+                    retire(final)
+                partial.rename(final)
+                _fsync(checkpoints)
     except (OSError, RuntimeError, CheckpointError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if _rank(ranks) == 0:
+            shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"checkpoint of step {step} could not be written to {checkpoints}: {error}") from error
     return final
+
+
+def _rank(ranks: dist.ProcessGroup | None) -> int:
+    return 0 if ranks is None else dist.get_rank(ranks)
+
+
+def _writer_of(file: Path) -> int:
+    """The rank that has written a file; __3_0.distcp is of rank 3, the index of rank 0."""
+    found = re.fullmatch(r"__(\d+)_\d+\.distcp", file.name)
+    return int(found[1]) if found else 0
+
+
+def _gathered(own: dict[str, dict[str, Any]], ranks: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
+    if ranks is None:
+        return own
+    parts: list[dict[str, dict[str, Any]]] = [{} for _ in range(dist.get_world_size(ranks))]
+    dist.all_gather_object(parts, own, group=ranks)
+    return {name: facts for part in parts for name, facts in sorted(part.items())}
+
+
+@contextmanager
+def _together(ranks: dist.ProcessGroup | None) -> Iterator[bool]:
+    """Whether this is the first rank. Afterwards all ranks wait for each other; where one raised, all raise."""
+    error: OSError | None = None
+    try:
+        yield _rank(ranks) == 0
+    except OSError as raised:
+        error = raised
+    if ranks is None:
+        if error is not None:
+            raise error
+        return
+    errors: list[str] = [""] * dist.get_world_size(ranks)
+    dist.all_gather_object(errors, "" if error is None else f"{error}", group=ranks)
+    if any(errors):
+        told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text)
+        raise CheckpointError(told) from error
+
+
+def _as_pieces(tensors: Mapping[str, Tensor | Pieces]) -> dict[str, Pieces]:
+    return {name: tensor if isinstance(tensor, Pieces) else whole(tensor) for name, tensor in tensors.items()}
 
 
 def verify(path: Path) -> Manifest:
@@ -123,22 +184,23 @@ def newest_verified(checkpoints: Path, report: Callable[[str], None] = lambda _:
     return None
 
 
-def load(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    """Fills `tensors` in place from a verified checkpoint; names it holds beyond these are left alone.
+def load(manifest: Manifest, tensors: Mapping[str, Tensor | Pieces]) -> None:
+    """Fills `tensors` in place from a verified checkpoint, each rank what it holds; names beyond these are left alone.
 
     Raises CheckpointError when a name is missing there or has another shape.
     """
-    with _torch_checkpoint() as dcp:
+    wanted = _as_pieces(tensors)
+    with _torch_checkpoint() as (dcp, planners):
         reader = dcp.FileSystemReader(manifest.path)
         held = reader.read_metadata().state_dict_metadata
-        for name, tensor in tensors.items():
+        for name, tensor in wanted.items():
             if name not in held:
                 raise CheckpointError(f"{manifest.path} holds no tensor {name!r}: it belongs to another model or dtype")
-            if tuple(held[name].size) != tuple(tensor.shape):
+            if tuple(held[name].size) != tensor.shape:
                 raise CheckpointError(
                     f"{manifest.path}: {name} has shape {list(held[name].size)}, this model needs {list(tensor.shape)}"
                 )
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+        dcp.load({}, storage_reader=reader, planner=planners.LoadPlanner(wanted), no_dist=True)
 
 
 def retire(path: Path) -> None:
@@ -194,13 +256,15 @@ def _torch_checkpoint() -> Iterator[Any]:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
+    from . import planners
+
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield dcp
+            yield dcp, planners
     except CheckpointException as error:
         causes = "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values())
         raise CheckpointError(causes or str(error)) from error

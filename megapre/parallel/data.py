@@ -162,14 +162,34 @@ class FlatGroup:
         if not self.share.counted and not self.share.rows:
             return []
         owned = [slice(0, self.kept)] if self.shards.size == 1 else [self.own(bucket) for bucket in self.buckets]
-        skipped: list[tuple[int, int]] = []
-        if not self.share.counted:
-            for slot in self.slots.values():
-                row = (slot.stop - slot.start) // slot.shape[0]
-                skipped += [(slot.start + first * row, slot.start + last * row) for first, last in self.share.rows]
+        skipped = [rows for slot in self.slots.values() for rows in self._told_elsewhere(slot)]
         return [
             self.grad[start:stop] for own in owned for start, stop in _without(own.start, own.stop, sorted(skipped))
         ]
+
+    def written(self, slot: Slot) -> list[tuple[int, int]]:
+        """Ranges of the buffers with the elements of parameter `slot` that no other rank of this replica writes."""
+        if not self.share.counted and not self.share.rows:
+            return []
+        return list(_without(slot.start, slot.stop, self._told_elsewhere(slot)))
+
+    def _told_elsewhere(self, slot: Slot) -> list[tuple[int, int]]:
+        if self.share.counted:
+            return []
+        row = (slot.stop - slot.start) // slot.shape[0]
+        return [(slot.start + first * row, slot.start + last * row) for first, last in self.share.rows]
+
+    def states(self, slot: Slot, buffer: Tensor) -> list[tuple[slice, Tensor]]:
+        """What this rank keeps for the parameter `slot` in `buffer`, of `kept` elements: which elements of the group's
+        buffers it belongs to, and views of it.
+        """
+        found = []
+        for piece in self.pieces():
+            start, stop = max(slot.start, piece.start), min(slot.stop, piece.start + len(piece.param))
+            if start < stop:
+                at = piece.kept.start + start - piece.start
+                found.append((slice(start, stop), buffer[at : at + stop - start]))
+        return found
 
     def shared(self) -> list[Tensor]:
         """Views of the gradients that are to be summed over `share.ranks`."""

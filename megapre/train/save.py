@@ -16,6 +16,7 @@ from .folder import open_run
 from .metrics import bytes_text, duration_text
 
 if TYPE_CHECKING:
+    from megapre.checkpoint.pieces import Pieces
     from megapre.config import Config
 
     from .folder import RunFolder
@@ -50,10 +51,11 @@ class Saver:
         """Commits a checkpoint and removes the oldest beyond `checkpoint.keep`. A failure is reported, not raised."""
         begin = time.perf_counter()
         engine, cfg = self.engine, self.engine.cfg
-        tensors = training_tensors(engine.model, engine.flat, engine.optimizer, engine.loss_scale)
+        engine.settle()
         try:
             facts = asdict(progress) | {"data": self.order}
-            path = checkpoint.save(self.folder.checkpoints, progress.step, tensors, facts)
+            ranks = engine.groups.world.handle
+            path = checkpoint.save(self.folder.checkpoints, progress.step, self._tensors(), facts, ranks)
         except (checkpoint.CheckpointError, OSError) as error:
             self.screen.say(f"checkpoint failed, training goes on: {error}")
             return False
@@ -67,6 +69,10 @@ class Saver:
         gone = f", removed {', '.join(p.name for p in removed)}" if removed else ""
         self.screen.say(f"saved {path} ({size}, {duration_text(time.perf_counter() - begin)}{gone})")
         return True
+
+    def _tensors(self) -> dict[str, Pieces]:
+        engine = self.engine
+        return training_tensors(engine.cfg.model, engine.flat, engine.optimizer, engine.loss_scale, engine.groups)
 
     def restore(self) -> Progress:
         """Loads the newest whole checkpoint into the engine and cuts metrics.jsonl back to it.
@@ -88,7 +94,7 @@ class Saver:
                 compare_order(facts["data"], engine.cfg)
         except DataError as error:
             raise ResumeError(f"the run {self.folder.path} cannot go on: {error}") from error
-        checkpoint.load(manifest, training_tensors(engine.model, engine.flat, engine.optimizer, engine.loss_scale))
+        checkpoint.load(manifest, self._tensors())
         progress = Progress(facts["step"], facts["consumed_samples"], facts["skipped_steps"])
         self.folder.cut_metrics(progress.step)
         self.saved_step = progress.step

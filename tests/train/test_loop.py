@@ -28,7 +28,7 @@ def final_hash(run: Path) -> str:
     """SHA-256 over every tensor of the newest checkpoint: parameters, master weights, moments, generators."""
     manifest = checkpoint.newest_verified(run / "checkpoints")
     assert manifest is not None
-    with commit._torch_checkpoint() as dcp:
+    with commit._torch_checkpoint() as (dcp, _):
         reader = dcp.FileSystemReader(manifest.path)
         sizes = reader.read_metadata().state_dict_metadata
         tensors = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in sizes.items()}
