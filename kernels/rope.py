@@ -183,7 +183,6 @@ class _InPlace(torch.autograd.Function):
         ctx.interleaved, ctx.backward_half = turn.interleaved, halves.backward
         alias = qkv.detach()
         halves.forward(alias, heads, kv_heads, turn)
-        torch.autograd.graph.increment_version(alias)
         return split(alias, heads, kv_heads)
 
     @staticmethod

@@ -29,33 +29,36 @@ void check_gradient(const char* name, const at::Tensor& dy, const at::Tensor& x,
       dy.sizes(), " but y is ", x.scalar_type(), " ", sizes);
 }
 
-void run_forward(const ActivationRows& op, int64_t rows) {
-  const ActivationKernels& kernels = MEGAPRE_CHOOSE(activation_kernels);
-  at::parallel_for(0, rows, grain(op.width), [&](int64_t begin, int64_t end) { kernels.forward(op, begin, end); });
+// x alone; bias, dy and what is written the caller adds.
+ActivationRows describe(const Rows& x_rows, const at::Tensor& x, Activation activation, bool gated) {
+  return {
+      .dtype = x.scalar_type(),
+      .activation = activation,
+      .gated = gated,
+      .width = gated ? x_rows.width / 2 : x_rows.width,
+      .x = x_rows.data(),
+      .x_stride = x_rows.stride,
+      .bias = nullptr,
+      .dy = nullptr,
+      .dy_stride = 0,
+      .out = nullptr,
+  };
 }
 
-void run_backward(const ActivationRows& op, int64_t rows) {
+// Forward without dy; backward with it, but for the sums over rows that a bias needs.
+void run(const ActivationRows& op, int64_t rows) {
   const ActivationKernels& kernels = MEGAPRE_CHOOSE(activation_kernels);
   at::parallel_for(0, rows, grain(op.width), [&](int64_t begin, int64_t end) {
-    kernels.backward(op, begin, end, nullptr);
+    op.dy == nullptr ? kernels.forward(op, begin, end) : kernels.backward(op, begin, end, nullptr);
   });
 }
 
 // ---- gelu ----------------------------------------------------------------------------------------------------------
 
 ActivationRows gelu_rows(const Rows& x_rows, const at::Tensor& x, const at::Tensor& bias_acc, bool tanh) {
-  return {
-      .dtype = x.scalar_type(),
-      .activation = tanh ? Activation::GELU_TANH : Activation::GELU_ERF,
-      .gated = false,
-      .width = x_rows.width,
-      .x = x_rows.data(),
-      .x_stride = x_rows.stride,
-      .bias = bias_acc.defined() ? bias_acc.data_ptr() : nullptr,
-      .dy = nullptr,
-      .dy_stride = 0,
-      .out = nullptr,
-  };
+  ActivationRows op = describe(x_rows, x, tanh ? Activation::GELU_TANH : Activation::GELU_ERF, /*gated=*/false);
+  op.bias = bias_acc.defined() ? bias_acc.data_ptr() : nullptr;
+  return op;
 }
 
 // The bias in the accumulation type, undefined without one.
@@ -76,7 +79,7 @@ at::Tensor gelu(const at::Tensor& x, const OptionalTensor& bias, bool tanh) {
   at::Tensor y = at::empty_like(x, at::MemoryFormat::Contiguous);
   ActivationRows op = gelu_rows(x_rows, x, bias_acc, tanh);
   op.out = y.data_ptr();
-  run_forward(op, x_rows.count);
+  run(op, x_rows.count);
   return y;
 }
 
@@ -91,7 +94,7 @@ std::tuple<at::Tensor, at::Tensor> gelu_backward(
   op.dy_stride = dy_rows.stride;
   op.out = dx.data_ptr();
   if (!bias.has_value()) {
-    run_backward(op, x_rows.count);
+    run(op, x_rows.count);
     return {dx, at::empty({0}, x.options())};
   }
   const ActivationKernels& kernels = MEGAPRE_CHOOSE(activation_kernels);
@@ -119,57 +122,28 @@ at::DimVector checked_sizes(Gated kind, const at::Tensor& x) {
   return sizes;
 }
 
-ActivationRows gated_rows(Gated kind, const Rows& x_rows, const at::Tensor& x) {
-  return {
-      .dtype = x.scalar_type(),
-      .activation = kind.activation,
-      .gated = true,
-      .width = x_rows.width / 2,
-      .x = x_rows.data(),
-      .x_stride = x_rows.stride,
-      .bias = nullptr,
-      .dy = nullptr,
-      .dy_stride = 0,
-      .out = nullptr,
-  };
-}
-
-at::Tensor gated(Gated kind, const at::Tensor& x) {
+template <const Gated& kind>
+at::Tensor gated(const at::Tensor& x) {
   const at::DimVector sizes = checked_sizes(kind, x);
   const Rows x_rows(x);
   at::Tensor y = at::empty(sizes, x.options());
-  ActivationRows op = gated_rows(kind, x_rows, x);
+  ActivationRows op = describe(x_rows, x, kind.activation, /*gated=*/true);
   op.out = y.data_ptr();
-  run_forward(op, x_rows.count);
+  run(op, x_rows.count);
   return y;
 }
 
-at::Tensor gated_backward(Gated kind, const at::Tensor& dy, const at::Tensor& x) {
+template <const Gated& kind>
+at::Tensor gated_backward(const at::Tensor& dy, const at::Tensor& x) {
   check_gradient(kind.name, dy, x, checked_sizes(kind, x));
   const Rows x_rows(x), dy_rows(dy);
   at::Tensor dx = at::empty_like(x, at::MemoryFormat::Contiguous);
-  ActivationRows op = gated_rows(kind, x_rows, x);
+  ActivationRows op = describe(x_rows, x, kind.activation, /*gated=*/true);
   op.dy = dy_rows.data();
   op.dy_stride = dy_rows.stride;
   op.out = dx.data_ptr();
-  run_backward(op, x_rows.count);
+  run(op, x_rows.count);
   return dx;
-}
-
-at::Tensor swiglu(const at::Tensor& x) {
-  return gated(kSwiglu, x);
-}
-
-at::Tensor swiglu_backward(const at::Tensor& dy, const at::Tensor& x) {
-  return gated_backward(kSwiglu, dy, x);
-}
-
-at::Tensor geglu(const at::Tensor& x) {
-  return gated(kGeglu, x);
-}
-
-at::Tensor geglu_backward(const at::Tensor& dy, const at::Tensor& x) {
-  return gated_backward(kGeglu, dy, x);
 }
 
 }  // namespace
@@ -178,8 +152,8 @@ at::Tensor geglu_backward(const at::Tensor& dy, const at::Tensor& x) {
 TORCH_LIBRARY_IMPL(megapre, CPU, m) {
   m.impl("gelu", &megapre::cpu::gelu);
   m.impl("gelu_backward", &megapre::cpu::gelu_backward);
-  m.impl("swiglu", &megapre::cpu::swiglu);
-  m.impl("swiglu_backward", &megapre::cpu::swiglu_backward);
-  m.impl("geglu", &megapre::cpu::geglu);
-  m.impl("geglu_backward", &megapre::cpu::geglu_backward);
+  m.impl("swiglu", &megapre::cpu::gated<megapre::cpu::kSwiglu>);
+  m.impl("swiglu_backward", &megapre::cpu::gated_backward<megapre::cpu::kSwiglu>);
+  m.impl("geglu", &megapre::cpu::gated<megapre::cpu::kGeglu>);
+  m.impl("geglu_backward", &megapre::cpu::gated_backward<megapre::cpu::kGeglu>);
 }

@@ -108,9 +108,9 @@ struct Rule {
 
 template <typename A, bool kStream>
 void update_as(const AdamW& op, int64_t begin, int64_t end) {
-  constexpr int64_t n = kLanes<A>;
   const Rule<A> rule(op);
-  const auto step = [&](int64_t i, auto... rest) {
+  for_lanes<A>(end - begin, [&](int64_t at, auto... rest) {
+    const int64_t i = begin + at;
     auto p = load_as<A>(op.master_dtype, op.master, i, rest...);
     auto m = load_as<A>(op.moment_dtype, op.exp_avg, i, rest...);
     auto v = load_as<A>(op.moment_dtype, op.exp_avg_sq, i, rest...);
@@ -123,14 +123,7 @@ void update_as(const AdamW& op, int64_t begin, int64_t end) {
     } else if (op.param != nullptr) {
       store_as<A>(op.param_dtype, op.param, i, p, rest...);
     }
-  };
-  int64_t i = begin;
-  for (; i + n <= end; i += n) {
-    step(i);
-  }
-  if (i < end) {
-    step(i, end - i);
-  }
+  });
   if constexpr (kStream) {
     finish_stream();
   }

@@ -3,7 +3,6 @@
 
 #include "attention.h"
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -30,10 +29,7 @@ void check_like(const char* op, const at::Tensor& t, const at::Tensor& like, con
 void check_gradient(
     const char* op, const at::Tensor& t, const at::Tensor& of, const char* name, const char* of_name) {
   check_like(op, t, of, name, of_name);
-  TORCH_CHECK_VALUE(
-      (t.stride(3) == 1 || t.size(3) == 1) && at::has_internal_overlap(t) != at::MemOverlap::Yes, op, ": ", name,
-      " has strides ", t.strides(), "; to be written, the ", t.size(3),
-      " elements of a head must be neighbours and heads must not overlap");
+  check_writable(op, t, name);
 }
 
 void check(
@@ -124,16 +120,13 @@ struct Spans {
   }
 };
 
-at::Tensor with_neighbours(const at::Tensor& t) {
-  return t.stride(3) == 1 || t.size(3) == 1 ? t : t.contiguous();
-}
-
 Heads heads_of(const at::Tensor& t) {
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 Attention describe(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale, const Spans& spans) {
   const bool own = q.scalar_type() == c10::kBFloat16 && has_products_of(c10::kBFloat16);
+  const int64_t padded_dim = at::divup(q.size(3), kDimUnit) * kDimUnit;
   const c10::ScalarType tile_dtype = own ? c10::kBFloat16 : c10::kFloat;
   return {
       .dtype = q.scalar_type(),
@@ -144,6 +137,10 @@ Attention describe(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
       .heads = q.size(2),
       .key_heads = k.size(2),
       .dim = q.size(3),
+      .group = q.size(2) / k.size(2),
+      .query_tiles = at::divup(q.size(1), kQueryTile),
+      .padded_dim = padded_dim,
+      .sums_size = 2 * at::divup(k.size(1), kKeyTile) * kKeyTile * padded_dim,
       .scale = scale,
       .first = spans.first.data(),
       .end = spans.end.data(),
@@ -172,14 +169,14 @@ int64_t parts_of(const Attention& op, int64_t batch, int64_t bytes) {
     return 1;
   }
   const int64_t held = std::max(at::divup(threads, whole), kSumsBytes / std::max<int64_t>(whole * bytes, 1));
-  return std::min({at::divup(4 * threads, whole), held, op.group() * op.query_tiles()});
+  return std::min({at::divup(4 * threads, whole), held, op.group * op.query_tiles});
 }
 
 // Units in the order of batch rows, key heads and parts; the parts of a key head have about equal work.
 std::vector<AttentionUnit> units_of(const Attention& op, const Spans& spans, int64_t batch, int64_t parts) {
   std::vector<AttentionUnit> units;
-  const int64_t tiles = op.query_tiles();
-  std::vector<int64_t> until(op.group() * tiles);  // work up to and with each tile
+  const int64_t tiles = op.query_tiles;
+  std::vector<int64_t> until(op.group * tiles);  // work up to and with each tile
   std::vector<int64_t> cuts(parts + 1);
   for (int64_t b = 0; b < batch; ++b) {
     if (b == 0 || spans.stride != 0) {
@@ -289,7 +286,7 @@ void attention_backward_(
   op.dk = heads_of(dk);
   op.dv = heads_of(dv);
   const AttentionBackward& kernels = MEGAPRE_CHOOSE(attention_backward);
-  const int64_t bytes = sums_size(op) * static_cast<int64_t>(sizeof(float)), parts = parts_of(op, q.size(0), bytes);
+  const int64_t bytes = op.sums_size * static_cast<int64_t>(sizeof(float)), parts = parts_of(op, q.size(0), bytes);
   const std::vector<AttentionUnit> units = units_of(op, spans, q.size(0), parts);
   const int64_t count = static_cast<int64_t>(units.size()), threads = std::min<int64_t>(at::get_num_threads(), count);
   const Workspace space(threads, kernels.space(op), q);

@@ -38,6 +38,10 @@ struct Attention {
   int64_t heads;
   int64_t key_heads;
   int64_t dim;
+  int64_t group;  // query heads to a key head
+  int64_t query_tiles;
+  int64_t padded_dim;
+  int64_t sums_size;  // numbers: dk and dv of a key head, [2][whole key tiles][padded_dim]
   double scale;
   const int64_t* first;
   const int64_t* end;
@@ -47,25 +51,9 @@ struct Attention {
   // Backward only.
   Heads d_o, dq, dk, dv;
   const float* dlse;  // null: 0
-
-  int64_t group() const {
-    return heads / key_heads;
-  }
-
-  int64_t padded_dim() const {
-    return (dim + kDimUnit - 1) / kDimUnit * kDimUnit;
-  }
-
-  int64_t query_tiles() const {
-    return (queries + kQueryTile - 1) / kQueryTile;
-  }
-
-  int64_t key_tiles() const {
-    return (keys + kKeyTile - 1) / kKeyTile;
-  }
 };
 
-// One task: tiles [begin, end) of the group() * query_tiles() tiles of queries that share key head `key_head` of batch
+// One task: tiles [begin, end) of the group * query_tiles tiles of queries that share key head `key_head` of batch
 // row `batch`, all tiles of one query head before those of the next.
 struct AttentionUnit {
   int64_t batch;
@@ -73,10 +61,6 @@ struct AttentionUnit {
   int64_t begin;
   int64_t end;
 };
-
-inline int64_t sums_size(const Attention& op) {
-  return 2 * op.key_tiles() * kKeyTile * op.padded_dim();
-}
 
 struct AttentionForward {
   // Bytes that `run` needs at `space` for any unit; they begin at a multiple of 64 and need not be cleared.
@@ -89,8 +73,7 @@ MEGAPRE_DECLARE_LEVELS(AttentionForward, attention_forward)
 
 struct AttentionBackward {
   int64_t (*space)(const Attention&);
-  // dq of the unit's queries, and their share in dk / scale and dv: sums_size(op) numbers at `sums`, which are
-  // [2][key_tiles * kKeyTile][padded_dim].
+  // dq of the unit's queries, and their share in dk / scale and dv: sums_size numbers at `sums`.
   void (*run)(const Attention&, const AttentionUnit&, char* space, float* sums);
   // dk and dv of one key head: the total of `parts` such sums, which follow one another, in their order.
   void (*store)(const Attention&, int64_t batch, int64_t key_head, const float* sums, int64_t parts);

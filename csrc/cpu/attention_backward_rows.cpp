@@ -39,7 +39,7 @@ struct Work {
   Work(const Attention& op, char* base) {
     Space space(base);
     const Products& products = *op.products;
-    const int64_t width = op.padded_dim(), size = kQueryTile * width;
+    const int64_t width = op.padded_dim, size = kQueryTile * width;
     packed_bytes = std::max(products.packed_bytes(kQueryTile, width), products.packed_bytes(width, kQueryTile));
     packed_bytes = (packed_bytes + 63) / 64 * 64;
     tiles = tiles_at_once(op, 4 * packed_bytes + size * static_cast<int64_t>(sizeof(float)));
@@ -66,13 +66,9 @@ struct Work {
 template <typename T>
 float dot(const T* a, const T* b, int64_t count) {
   Lanes<float> total(0);
-  int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    total = fmadd(load_lanes(a + i), load_lanes(b + i), total);
-  }
-  if (i < count) {
-    total = fmadd(load_lanes(a + i, count - i), load_lanes(b + i, count - i), total);
-  }
+  for_lanes<T>(count, [&](int64_t i, auto... rest) {
+    total = fmadd(load_lanes(a + i, rest...), load_lanes(b + i, rest...), total);
+  });
   return sum<float>(total);
 }
 
@@ -81,7 +77,7 @@ template <typename T, typename W>
 void load_queries(
     const Attention& op, const AttentionUnit& unit, const QueryTile& tile, const Work<W>& work, int64_t at) {
   const Products& products = *op.products;
-  const int64_t width = op.padded_dim(), offset = at * work.packed_bytes;
+  const int64_t width = op.padded_dim, offset = at * work.packed_bytes;
   W* rows = work.keys;  // not in use yet
   const T* d_o = row_of<T>(op.d_o, unit.batch, tile.head, tile.row);
   gather(row_of<T>(op.q, unit.batch, tile.head, tile.row), op.q.row, tile.count, op.dim, kQueryTile, width, rows);
@@ -139,7 +135,7 @@ void run_tiles(
     const Attention& op, const AttentionUnit& unit, const Work<W>& work, int64_t begin, int64_t end, float* dk,
     float* dv) {
   const Products& products = *op.products;
-  const int64_t width = op.padded_dim(), size = kQueryTile * width;
+  const int64_t width = op.padded_dim, size = kQueryTile * width;
   int64_t first_key = op.keys, end_key = 0;
   for (int64_t t = begin; t < end; ++t) {
     const QueryTile tile(op, unit, t);
@@ -198,12 +194,12 @@ void run_tiles(
 }
 
 void run(const Attention& op, const AttentionUnit& unit, char* space, float* sums) {
-  std::fill_n(sums, sums_size(op), 0.0f);
+  std::fill_n(sums, op.sums_size, 0.0f);
   with_types(op, [&](auto t, auto w) {
     const Work<decltype(w)> work(op, space);
     for (int64_t begin = unit.begin; begin < unit.end; begin += work.tiles) {
       run_tiles<decltype(t)>(
-          op, unit, work, begin, std::min(begin + work.tiles, unit.end), sums, sums + sums_size(op) / 2);
+          op, unit, work, begin, std::min(begin + work.tiles, unit.end), sums, sums + op.sums_size / 2);
     }
   });
 }
@@ -213,7 +209,7 @@ void store_keys(
     const Attention& op, const Heads& out, int64_t batch, int64_t key_head, const float* sums, int64_t parts,
     double factor) {
   using V = at::vec::Vectorized<float>;
-  const int64_t width = op.padded_dim();
+  const int64_t width = op.padded_dim;
   float total[kLargestDim];
   for (int64_t key = 0; key < op.keys; ++key) {
     const float* row = sums + key * width;
@@ -221,7 +217,7 @@ void store_keys(
       for (int64_t i = 0; i < width; i += V::size()) {
         V t = V::loadu(row + i);
         for (int64_t part = 1; part < parts; ++part) {
-          t = t + V::loadu(row + part * sums_size(op) + i);
+          t = t + V::loadu(row + part * op.sums_size + i);
         }
         t.store(total + i);
       }
@@ -234,7 +230,7 @@ void store_keys(
 void store(const Attention& op, int64_t batch, int64_t key_head, const float* sums, int64_t parts) {
   with_types(op, [&](auto t, auto) {
     store_keys<decltype(t)>(op, op.dk, batch, key_head, sums, parts, op.scale);
-    store_keys<decltype(t)>(op, op.dv, batch, key_head, sums + sums_size(op) / 2, parts, 1.0);
+    store_keys<decltype(t)>(op, op.dv, batch, key_head, sums + op.sums_size / 2, parts, 1.0);
   });
 }
 

@@ -35,7 +35,7 @@ struct Work {
 
   Work(const Attention& op, char* base) {
     Space space(base);
-    const int64_t width = op.padded_dim();
+    const int64_t width = op.padded_dim;
     tiles = tiles_at_once(op, kQueryTile * width * static_cast<int64_t>(sizeof(W) + sizeof(float)));
     q = space.take<W>(tiles * kQueryTile * width);
     o = space.take<float>(tiles * kQueryTile * width);
@@ -117,7 +117,7 @@ void softmax(
     }
     scale = 1;
   }
-  const int64_t width = op.padded_dim();
+  const int64_t width = op.padded_dim;
   alignas(64) float tops[kQueryTile] = {}, shrink[kQueryTile];
   row_maxima(multiplied(tile), s, scale, tops);
   for (int64_t row = 0; row < kQueryTile; row += kWidth) {
@@ -142,7 +142,7 @@ template <typename T>
 void finish(
     const Attention& op, int64_t batch, const QueryTile& tile, const float* o, const float* maxima,
     const float* sums) {
-  const int64_t width = op.padded_dim();
+  const int64_t width = op.padded_dim;
   for (int64_t row = 0; row < tile.count; ++row) {
     // A row with NaN or +inf has no softmax; a fast exponential might let it pass for one.
     const float total = maxima[row] < kInfinity ? sum<float>(Lanes<float>::loadu(sums + row * kWidth))
@@ -154,7 +154,7 @@ void finish(
 
 template <typename T, typename W>
 void run_tiles(const Attention& op, const AttentionUnit& unit, const Work<W>& work, int64_t begin, int64_t end) {
-  const int64_t width = op.padded_dim(), size = kQueryTile * width;
+  const int64_t width = op.padded_dim, size = kQueryTile * width;
   int64_t first_key = op.keys, end_key = 0;
   for (int64_t t = begin; t < end; ++t) {
     const QueryTile tile(op, unit, t);

@@ -65,13 +65,7 @@ void gather(const T* in, int64_t stride, int64_t count, int64_t dim, int64_t row
     if constexpr (std::is_same_v<T, W>) {
       std::copy_n(in, dim, out);
     } else {
-      int64_t i = 0;
-      for (; i + kLanes<T> <= dim; i += kLanes<T>) {
-        store_lanes(out + i, load_lanes(in + i));
-      }
-      if (i < dim) {
-        store_lanes(out + i, load_lanes(in + i, dim - i), dim - i);
-      }
+      for_lanes<T>(dim, [&](int64_t i, auto... rest) { store_lanes(out + i, load_lanes(in + i, rest...), rest...); });
     }
     std::fill(out + dim, out + width, W(0));
   }
@@ -82,13 +76,7 @@ void gather(const T* in, int64_t stride, int64_t count, int64_t dim, int64_t row
 template <typename T>
 void store_row(T* out, const float* in, int64_t count, float factor) {
   const Lanes<float> f(factor);
-  int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    store_lanes(out + i, load_lanes(in + i) * f);
-  }
-  if (i < count) {
-    store_lanes(out + i, load_lanes(in + i, count - i) * f, count - i);
-  }
+  for_lanes<T>(count, [&](int64_t i, auto... rest) { store_lanes(out + i, load_lanes(in + i, rest...) * f, rest...); });
 }
 
 template <typename T>
@@ -120,8 +108,8 @@ struct QueryTile {
   Span span;
 
   QueryTile(const Attention& op, const AttentionUnit& unit, int64_t tile) {
-    head = unit.key_head * op.group() + tile / op.query_tiles();
-    row = tile % op.query_tiles() * kQueryTile;
+    head = unit.key_head * op.group + tile / op.query_tiles;
+    row = tile % op.query_tiles * kQueryTile;
     count = std::min(kQueryTile, op.queries - row);
     first = op.first + unit.batch * op.span_stride + row;
     end = op.end + unit.batch * op.span_stride + row;
@@ -154,7 +142,7 @@ class Space {
 // cache, of `bytes` each.
 inline int64_t tiles_at_once(const Attention& op, int64_t bytes) {
   constexpr int64_t kCacheShare = 384 * 1024;
-  return std::clamp<int64_t>(kCacheShare / bytes, 1, op.group() * op.query_tiles());
+  return std::clamp<int64_t>(kCacheShare / bytes, 1, op.group * op.query_tiles);
 }
 
 // Calls f(T{}, W{}) with the types of the tensors and of the tiles.

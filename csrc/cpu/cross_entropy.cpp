@@ -44,14 +44,6 @@ void check(
   check_rows(op, logits, labels, ignore_index, label_smoothing, vocab);
 }
 
-void check_in_place(const char* op, const at::Tensor& logits) {
-  TORCH_CHECK_VALUE(
-      (logits.stride(1) == 1 || logits.size(1) == 1) &&
-          (logits.size(0) < 2 || logits.stride(0) >= logits.size(1)),
-      op, ": logits have strides ", logits.strides(), "; to be overwritten in place, the ", logits.size(1),
-      " elements of a row must be neighbours and rows must not overlap");
-}
-
 // How many columns of a shard that begins at `vocab_start` exist: of the last shards some, or none.
 int64_t columns_of_shard(const char* op, const at::Tensor& logits, int64_t vocab_start, int64_t vocab) {
   TORCH_CHECK_VALUE(
@@ -72,14 +64,11 @@ at::Tensor checked_per_row(const at::Tensor& t, const at::Tensor& logits, const 
   return t.contiguous();
 }
 
-std::tuple<at::Tensor, at::Tensor> cross_entropy(
-    const at::Tensor& logits, const at::Tensor& labels_in, int64_t ignore_index, double label_smoothing, double z_loss,
-    int64_t vocab) {
-  const at::Tensor labels = labels_in.contiguous();
-  check("cross_entropy", logits, labels, ignore_index, label_smoothing, vocab);
-  const Rows rows(logits);
-  at::Tensor losses = per_row(logits), lse = per_row(logits);
-  const CrossEntropyRows op{
+// Whole rows of logits; what is written, and what a shard is, the caller adds.
+CrossEntropyRows describe(
+    const Rows& rows, const at::Tensor& logits, const at::Tensor& labels, int64_t vocab, int64_t ignore_index,
+    double label_smoothing, double z_loss) {
+  return {
       .dtype = logits.scalar_type(),
       .vocab = vocab,
       .first = 0,
@@ -91,13 +80,25 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy(
       .ignore_index = ignore_index,
       .label_smoothing = label_smoothing,
       .z_loss = z_loss,
-      .losses = losses.data_ptr(),
-      .lse = lse.data_ptr(),
+      .losses = nullptr,
+      .lse = nullptr,
       .stats = nullptr,
       .dlosses = nullptr,
       .gradient = nullptr,
       .gradient_stride = 0,
   };
+}
+
+std::tuple<at::Tensor, at::Tensor> cross_entropy(
+    const at::Tensor& logits, const at::Tensor& labels_in, int64_t ignore_index, double label_smoothing, double z_loss,
+    int64_t vocab) {
+  const at::Tensor labels = labels_in.contiguous();
+  check("cross_entropy", logits, labels, ignore_index, label_smoothing, vocab);
+  const Rows rows(logits);
+  at::Tensor losses = per_row(logits), lse = per_row(logits);
+  CrossEntropyRows op = describe(rows, logits, labels, vocab, ignore_index, label_smoothing, z_loss);
+  op.losses = losses.data_ptr();
+  op.lse = lse.data_ptr();
   const CrossEntropyKernels& kernels = MEGAPRE_CHOOSE(cross_entropy_kernels);
   at::parallel_for(0, rows.count, grain(vocab), [&](int64_t begin, int64_t end) { kernels.forward(op, begin, end); });
   return {losses, lse};
@@ -112,25 +113,11 @@ at::Tensor cross_entropy_backward(
   const at::Tensor lse = checked_per_row(lse_in, logits, "lse");
   const Rows rows(logits);
   at::Tensor gradient = at::empty(logits.sizes(), logits.options());
-  const CrossEntropyRows op{
-      .dtype = logits.scalar_type(),
-      .vocab = vocab,
-      .first = 0,
-      .columns = vocab,
-      .width = rows.width,
-      .logits = rows.data(),
-      .stride = rows.stride,
-      .labels = labels.const_data_ptr<int64_t>(),
-      .ignore_index = ignore_index,
-      .label_smoothing = label_smoothing,
-      .z_loss = z_loss,
-      .losses = nullptr,
-      .lse = lse.data_ptr(),
-      .stats = nullptr,
-      .dlosses = dlosses.data_ptr(),
-      .gradient = gradient.data_ptr(),
-      .gradient_stride = rows.width,
-  };
+  CrossEntropyRows op = describe(rows, logits, labels, vocab, ignore_index, label_smoothing, z_loss);
+  op.lse = lse.data_ptr();
+  op.dlosses = dlosses.data_ptr();
+  op.gradient = gradient.data_ptr();
+  op.gradient_stride = rows.width;
   const CrossEntropyKernels& kernels = MEGAPRE_CHOOSE(cross_entropy_kernels);
   at::parallel_for(0, rows.count, grain(vocab), [&](int64_t begin, int64_t end) { kernels.backward(op, begin, end); });
   return gradient;
@@ -141,7 +128,7 @@ at::Tensor cross_entropy_(
     double label_smoothing, double z_loss, int64_t vocab) {
   const at::Tensor labels = labels_in.contiguous();
   check("cross_entropy_", logits, labels, ignore_index, label_smoothing, vocab);
-  check_in_place("cross_entropy_", logits);
+  check_writable("cross_entropy_", logits, "logits");
   at::Tensor dlosses;
   if (dlosses_in.has_value()) {
     dlosses = checked_per_row(*dlosses_in, logits, "dlosses");
@@ -149,25 +136,11 @@ at::Tensor cross_entropy_(
   raise_version(logits);
   const int64_t rows = logits.size(0);
   at::Tensor losses = per_row(logits);
-  const CrossEntropyRows op{
-      .dtype = logits.scalar_type(),
-      .vocab = vocab,
-      .first = 0,
-      .columns = vocab,
-      .width = logits.size(1),
-      .logits = logits.data_ptr(),
-      .stride = logits.stride(0),
-      .labels = labels.const_data_ptr<int64_t>(),
-      .ignore_index = ignore_index,
-      .label_smoothing = label_smoothing,
-      .z_loss = z_loss,
-      .losses = losses.data_ptr(),
-      .lse = nullptr,
-      .stats = nullptr,
-      .dlosses = dlosses.defined() ? dlosses.data_ptr() : nullptr,
-      .gradient = logits.data_ptr(),
-      .gradient_stride = logits.stride(0),
-  };
+  CrossEntropyRows op = describe(Rows(logits), logits, labels, vocab, ignore_index, label_smoothing, z_loss);
+  op.losses = losses.data_ptr();
+  op.dlosses = dlosses.defined() ? dlosses.data_ptr() : nullptr;
+  op.gradient = logits.data_ptr();
+  op.gradient_stride = op.stride;
   at::Tensor scratch = at::empty({at::get_num_threads(), scratch_size(vocab)}, losses.options());
   const CrossEntropyKernels& kernels = MEGAPRE_CHOOSE(cross_entropy_kernels);
   at::parallel_for(0, rows, grain(vocab), [&](int64_t begin, int64_t end) {
@@ -187,25 +160,11 @@ at::Tensor cross_entropy_local(
   const Rows rows(logits);
   at::Tensor stats = at::empty(
       {rows.count, label_smoothing ? 4 : 3}, logits.options().dtype(acc_dtype(logits.scalar_type())));
-  const CrossEntropyRows op{
-      .dtype = logits.scalar_type(),
-      .vocab = vocab,
-      .first = vocab_start,
-      .columns = columns,
-      .width = rows.width,
-      .logits = rows.data(),
-      .stride = rows.stride,
-      .labels = labels.const_data_ptr<int64_t>(),
-      .ignore_index = ignore_index,
-      .label_smoothing = label_smoothing ? 1.0 : 0.0,
-      .z_loss = 0,
-      .losses = nullptr,
-      .lse = nullptr,
-      .stats = stats.data_ptr(),
-      .dlosses = nullptr,
-      .gradient = nullptr,
-      .gradient_stride = 0,
-  };
+  CrossEntropyRows op =
+      describe(rows, logits, labels, vocab, ignore_index, label_smoothing ? 1.0 : 0.0, /*z_loss=*/0);
+  op.first = vocab_start;
+  op.columns = columns;
+  op.stats = stats.data_ptr();
   const CrossEntropyKernels& kernels = MEGAPRE_CHOOSE(cross_entropy_kernels);
   at::parallel_for(0, rows.count, grain(columns), [&](int64_t begin, int64_t end) { kernels.local(op, begin, end); });
   return stats;
@@ -218,32 +177,20 @@ void cross_entropy_local_backward_(
   const at::Tensor labels = labels_in.contiguous();
   check_rows(name, logits, labels, ignore_index, label_smoothing, vocab);
   const int64_t columns = columns_of_shard(name, logits, vocab_start, vocab);
-  check_in_place(name, logits);
+  check_writable(name, logits, "logits");
   const at::Tensor lse = checked_per_row(lse_in, logits, "lse");
   at::Tensor dlosses;
   if (dlosses_in.has_value()) {
     dlosses = checked_per_row(*dlosses_in, logits, "dlosses");
   }
   raise_version(logits);
-  const CrossEntropyRows op{
-      .dtype = logits.scalar_type(),
-      .vocab = vocab,
-      .first = vocab_start,
-      .columns = columns,
-      .width = logits.size(1),
-      .logits = logits.data_ptr(),
-      .stride = logits.stride(0),
-      .labels = labels.const_data_ptr<int64_t>(),
-      .ignore_index = ignore_index,
-      .label_smoothing = label_smoothing,
-      .z_loss = z_loss,
-      .losses = nullptr,
-      .lse = lse.data_ptr(),
-      .stats = nullptr,
-      .dlosses = dlosses.defined() ? dlosses.data_ptr() : nullptr,
-      .gradient = logits.data_ptr(),
-      .gradient_stride = logits.stride(0),
-  };
+  CrossEntropyRows op = describe(Rows(logits), logits, labels, vocab, ignore_index, label_smoothing, z_loss);
+  op.first = vocab_start;
+  op.columns = columns;
+  op.lse = lse.data_ptr();
+  op.dlosses = dlosses.defined() ? dlosses.data_ptr() : nullptr;
+  op.gradient = logits.data_ptr();
+  op.gradient_stride = op.stride;
   const CrossEntropyKernels& kernels = MEGAPRE_CHOOSE(cross_entropy_kernels);
   at::parallel_for(0, logits.size(0), grain(op.width), [&](int64_t begin, int64_t end) {
     kernels.backward(op, begin, end);

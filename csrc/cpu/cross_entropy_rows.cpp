@@ -149,15 +149,10 @@ A row_loss(const CrossEntropyRows& op, const RowStats<A>& stats, A at_label) {
 template <typename T, typename P>
 void write_gradient(T* dx, int64_t count, acc_t<T> scale, acc_t<T> shift, const P& probability) {
   using A = acc_t<T>;
-  constexpr int64_t n = kLanes<T>;
   const Lanes<A> a(scale), b(-shift);
-  int64_t i = 0;
-  for (; i + n <= count; i += n) {
-    store_lanes(dx + i, fmadd(probability(i), a, b));
-  }
-  if (i < count) {
-    store_lanes(dx + i, fmadd(probability(i, count - i), a, b), count - i);
-  }
+  for_lanes<T>(count, [&](int64_t i, auto... rest) {
+    store_lanes(dx + i, fmadd(probability(i, rest...), a, b), rest...);
+  });
 }
 
 template <typename T, bool kSumX>

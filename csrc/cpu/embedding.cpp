@@ -86,10 +86,7 @@ void embedding_gradient_(
   TORCH_CHECK_TYPE(
       total.scalar_type() == acc || total.scalar_type() == dy.scalar_type(), op, ": the gradient is ",
       total.scalar_type(), "; it can be ", acc, " or that of dy, ", dy.scalar_type());
-  TORCH_CHECK_VALUE(
-      (total.stride(1) == 1 || total.size(1) <= 1) && (total.size(0) < 2 || total.stride(0) >= total.size(1)), op,
-      ": the gradient has strides ", total.strides(), "; the ", total.size(1),
-      " elements of a row must be neighbours and rows must not overlap");
+  check_writable(op, total, "the gradient");
   TORCH_CHECK_TYPE(ids_in.scalar_type() == c10::kLong, op, ": ids are ", ids_in.scalar_type(), ", not int64");
   const at::Tensor ids = ids_in.contiguous();
   const int64_t* id = ids.const_data_ptr<int64_t>();

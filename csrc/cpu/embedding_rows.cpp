@@ -8,24 +8,16 @@
 namespace megapre::cpu::CPU_CAPABILITY {
 namespace {
 
-// out = out * keep + in, lane by lane; a type of 32 or 64 bits is its own accumulator.
+// out = in, or out + in where `keep`, in the accumulation type.
 template <typename Out, typename In>
 void add(const In* in, Out* out, int64_t width, bool keep) {
-  constexpr int64_t n = kLanes<In>;
-  const auto step = [&](int64_t i, auto... count) {
+  for_lanes<In>(width, [&](int64_t i, auto... count) {
     auto v = load_lanes(in + i, count...);
     if (keep) {
       v = v + load_lanes(out + i, count...);
     }
     store_lanes(out + i, v, count...);
-  };
-  int64_t i = 0;
-  for (; i + n <= width; i += n) {
-    step(i);
-  }
-  if (i < width) {
-    step(i, width - i);
-  }
+  });
 }
 
 template <typename T>

@@ -42,10 +42,6 @@ int64_t tile_rows(int64_t left) {
   return left >= kTileRows ? kTileRows : static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(left)));
 }
 
-bool is_half_width(c10::ScalarType dtype) {
-  return dtype == c10::kBFloat16 || dtype == c10::kHalf;
-}
-
 void check_rows(const char* op, const at::Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.dim() == 2, op, ": ", name, " has shape ", t.sizes(), "; a matrix is needed");
   TORCH_CHECK_TYPE(
@@ -53,17 +49,11 @@ void check_rows(const char* op, const at::Tensor& t, const char* name) {
       "; supported are fp32, bf16, fp16, fp64");
 }
 
-// The elements of a row must be neighbours.
-at::Tensor by_rows(const at::Tensor& t) {
-  return t.stride(1) == 1 || t.size(1) == 1 ? t : t.contiguous();
-}
-
 void check_out(const char* op, const at::Tensor& out, const char* name, int64_t rows, int64_t columns) {
   TORCH_CHECK_VALUE(
-      out.dim() == 2 && out.size(0) == rows && out.size(1) == columns && (out.stride(1) == 1 || columns == 1) &&
-          (rows < 2 || out.stride(0) >= columns),
-      op, ": ", name, " has shape ", out.sizes(), " and strides ", out.strides(), "; rows of shape [", rows, ", ",
-      columns, "] whose elements are neighbours are needed");
+      out.dim() == 2 && out.size(0) == rows && out.size(1) == columns, op, ": ", name, " has shape ", out.sizes(),
+      "; [", rows, ", ", columns, "] is needed");
+  check_writable(op, out, name);
 }
 
 // out [m, n] = a [m, k] B [k, n] + bias, B given as `b` or, `transposed`, as its transpose.
@@ -153,7 +143,7 @@ void linear_(
     return;
   }
   const at::Tensor bias = bias_in.has_value() ? bias_in->to(c10::kFloat).contiguous() : at::Tensor();
-  const at::Tensor x = by_rows(x_in), weight = by_rows(weight_in);
+  const at::Tensor x = with_neighbours(x_in), weight = with_neighbours(weight_in);
   multiply(y, x, weight, /*transposed=*/true, bias);
 }
 
@@ -171,7 +161,7 @@ void linear_input_gradient_(at::Tensor& dx, const at::Tensor& dy_in, const at::T
     at::mm_out(dx, dy_in, weight_in);
     return;
   }
-  multiply(dx, by_rows(dy_in), by_rows(weight_in), /*transposed=*/false, /*bias=*/at::Tensor());
+  multiply(dx, with_neighbours(dy_in), with_neighbours(weight_in), /*transposed=*/false, /*bias=*/at::Tensor());
 }
 
 // dW and, where it is defined, dbias of a 16-bit layer, in three steps: all of x is packed, once for every thread; blocks of
@@ -305,7 +295,7 @@ void linear_weight_gradient_(
     }
     return;
   }
-  WeightGradient(dweight, dbias.value_or(at::Tensor()), by_rows(dy_in), by_rows(x_in), accumulate).run();
+  WeightGradient(dweight, dbias.value_or(at::Tensor()), with_neighbours(dy_in), with_neighbours(x_in), accumulate).run();
 }
 
 }  // namespace

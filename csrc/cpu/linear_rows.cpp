@@ -8,9 +8,8 @@ namespace {
 
 template <typename T>
 void finish_rows(int64_t m, int64_t n, const float* c, int64_t ldc, const float* bias, T* out, int64_t ldo, bool accumulate) {
-  constexpr int64_t lanes = kLanes<float>;
   for (int64_t row = 0; row < m; ++row, c += ldc, out += ldo) {
-    const auto step = [&](int64_t i, auto... count) {
+    for_lanes<T>(n, [&](int64_t i, auto... count) {
       auto v = load_lanes(c + i, count...);
       if (bias != nullptr) {
         v = v + load_lanes(bias + i, count...);
@@ -19,29 +18,15 @@ void finish_rows(int64_t m, int64_t n, const float* c, int64_t ldc, const float*
         v = v + load_lanes(out + i, count...);
       }
       store_lanes(out + i, v, count...);
-    };
-    int64_t i = 0;
-    for (; i + lanes <= n; i += lanes) {
-      step(i);
-    }
-    if (i < n) {
-      step(i, n - i);
-    }
+    });
   }
 }
 
 template <typename T>
 void sum_rows(int64_t m, int64_t n, const T* a, int64_t lda, float* sums, bool accumulate) {
-  constexpr int64_t lanes = kLanes<T>;
   for (int64_t row = 0; row < m; ++row, a += lda) {
     Lanes<float> total(0);
-    int64_t i = 0;
-    for (; i + lanes <= n; i += lanes) {
-      total = total + load_lanes(a + i);
-    }
-    if (i < n) {
-      total = total + load_lanes(a + i, n - i);
-    }
+    for_lanes<T>(n, [&](int64_t i, auto... count) { total = total + load_lanes(a + i, count...); });
     sums[row] = (accumulate ? sums[row] : 0.0f) + sum<float>(total);
   }
 }

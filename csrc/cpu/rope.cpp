@@ -2,7 +2,6 @@
 
 #include "rope.h"
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -140,18 +139,13 @@ void run(
   });
 }
 
-// Elements of a head as neighbours, copied only where they are not.
-at::Tensor readable(const at::Tensor& x) {
-  return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous();
-}
-
 std::tuple<at::Tensor, at::Tensor> rope(
     const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& cos, const at::Tensor& sin,
     const Optional& positions, const Optional& cu_seqlens, bool interleaved, bool inverse) {
   check_heads(q_in, q_in, "q");
   check_heads(k_in, q_in, "k");
   const Places places(q_in, cos, sin, positions, cu_seqlens);
-  const at::Tensor q = readable(q_in), k = readable(k_in);
+  const at::Tensor q = with_neighbours(q_in), k = with_neighbours(k_in);
   at::Tensor q_out = at::empty(q.sizes(), q.options()), k_out = at::empty(k.sizes(), k.options());
   run(q, places, interleaved, inverse, {part(q, q_out, true), part(k, k_out, true)});
   return {q_out, k_out};
@@ -164,10 +158,7 @@ void rope_(
   TORCH_CHECK_VALUE(
       heads >= 0 && heads <= qkv.size(2), "rope_: ", heads, " heads are to be rotated of ", qkv.size(2), " in qkv ",
       qkv.sizes());
-  TORCH_CHECK_VALUE(
-      (qkv.stride(3) == 1 || qkv.size(3) == 1) && at::has_internal_overlap(qkv) != at::MemOverlap::Yes,
-      "rope_: qkv has strides ", qkv.strides(), "; to be rotated in place, the ", qkv.size(3),
-      " elements of a head must be neighbours and heads must not overlap");
+  check_writable("rope_", qkv, "qkv");
   const Places places(qkv, cos, sin, positions, cu_seqlens);
   raise_version(qkv);
   const at::Tensor rotated = qkv.narrow(2, 0, heads);
@@ -182,7 +173,7 @@ at::Tensor rope_qkv_backward(
   check_heads(dk_in, dq_in, "dk");
   check_heads(dv_in, dq_in, "dv");
   const Places places(dq_in, cos, sin, positions, cu_seqlens);
-  const at::Tensor dq = readable(dq_in), dk = readable(dk_in), dv = readable(dv_in);
+  const at::Tensor dq = with_neighbours(dq_in), dk = with_neighbours(dk_in), dv = with_neighbours(dv_in);
   const int64_t heads = dq.size(2), key_heads = dk.size(2), value_heads = dv.size(2);
   at::Tensor dqkv =
       at::empty({dq.size(0), dq.size(1), heads + key_heads + value_heads, dq.size(3)}, dq.options());

@@ -3,10 +3,12 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 #include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 namespace megapre::cpu {
 
@@ -17,6 +19,35 @@ inline bool is_supported(c10::ScalarType dtype) {
 
 inline c10::ScalarType acc_dtype(c10::ScalarType dtype) {
   return dtype == c10::kDouble ? c10::kDouble : c10::kFloat;
+}
+
+inline bool is_half_width(c10::ScalarType dtype) {
+  return dtype == c10::kBFloat16 || dtype == c10::kHalf;
+}
+
+// t with the elements of its last dim as neighbours; copied only where they are not.
+inline at::Tensor with_neighbours(const at::Tensor& t) {
+  return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
+}
+
+// Before t is written where it lies: the elements of a row must be neighbours, and rows must not overlap. The latter holds
+// if each dim, by rising stride, steps over all that the dims before it reach.
+inline void check_writable(const char* op, const at::Tensor& t, const char* name) {
+  c10::SmallVector<int64_t, 5> dims(t.dim());
+  std::iota(dims.begin(), dims.end(), 0);
+  std::sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return t.stride(a) < t.stride(b); });
+  bool apart = true;
+  int64_t reach = 1;
+  for (const int64_t dim : dims) {
+    if (t.size(dim) > 1 && t.numel() > 0) {
+      apart = apart && t.stride(dim) >= reach;
+      reach += (t.size(dim) - 1) * t.stride(dim);
+    }
+  }
+  TORCH_CHECK_VALUE(
+      apart && (t.stride(-1) == 1 || t.size(-1) <= 1), op, ": ", name, " has shape ", t.sizes(), " and strides ",
+      t.strides(), "; to be written, the ", t.size(-1),
+      " elements of a row must be neighbours and rows must not overlap");
 }
 
 // A vector of weights, or of biases, as the row loops of x read it.

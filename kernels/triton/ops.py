@@ -124,6 +124,7 @@ def _turn(
 def _rope_forward(qkv: Tensor, heads: int, kv_heads: int, turn: Turn) -> None:
     q, k, _ = split_heads(qkv, heads, kv_heads)
     late("rope", "rotate_in_place")(q, k, turn.cos, turn.sin, turn.positions, turn.interleaved, False)
+    torch.autograd.graph.increment_version(qkv)  # torch sees no write of a Triton kernel
 
 
 def _rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, turn: Turn) -> Tensor:
