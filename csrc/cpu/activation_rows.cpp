@@ -112,8 +112,15 @@ Activated<acc_t<T>> activate(const Lanes<acc_t<T>>& x) {
   }
 }
 
+// Inlines all that is called. With sanitizers, which surround every access by code, that would take the compiler minutes.
+#if defined(__SANITIZE_ADDRESS__)
+#define MEGAPRE_FLATTEN
+#else
+#define MEGAPRE_FLATTEN [[gnu::flatten]]
+#endif
+
 template <Activation kActivation, typename T>
-[[gnu::flatten]] void forward_rows(const ActivationRows& op, int64_t begin, int64_t end) {
+MEGAPRE_FLATTEN void forward_rows(const ActivationRows& op, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const A* bias = static_cast<const A*>(op.bias);
   for (int64_t row = begin; row < end; ++row) {
@@ -149,7 +156,7 @@ void gated_backward_row(const T* dy, const T* x, T* dx, int64_t width) {
 }
 
 template <Activation kActivation, typename T>
-[[gnu::flatten]] void backward_rows(const ActivationRows& op, int64_t begin, int64_t end, void* sums) {
+MEGAPRE_FLATTEN void backward_rows(const ActivationRows& op, int64_t begin, int64_t end, void* sums) {
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(op.x);
   const T* dy = static_cast<const T*>(op.dy);
