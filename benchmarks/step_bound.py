@@ -16,7 +16,7 @@ import torch
 from step_providers import config, prepare
 
 from megapre import kernels, plan
-from megapre.model.transformer import Linear, Transformer
+from megapre.model.transformer import Transformer
 from megapre.plan.flops import by_part
 from megapre.train import machine
 
@@ -56,7 +56,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 def layers(model: Any) -> Counter[tuple[int, int]]:
     """(O, I) of each linear layer and of the head, and how many of it there are."""
     whole = Transformer(model, kernels.choose("cpu"), device="meta")
-    shapes = [tuple(m.weight.shape) for m in whole.modules() if isinstance(m, Linear) and m is not whole.head]
+    shapes = [tuple(m.weight.shape) for m in whole.modules() if isinstance(m, torch.nn.Linear) and m is not whole.head]
     return Counter([*shapes, tuple(whole.head_weight.shape)])
 
 
