@@ -8,6 +8,7 @@ sleeping kernel, so what Python costs is not in it, and the median counts.
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,9 +51,7 @@ class Timer:
             return self._on_cuda(work)
         if self.cold:
             self._flush.sum()  # reading leaves nothing to be written back while the call is timed
-        started = time.perf_counter()
-        work()
-        return (time.perf_counter() - started) * 1e3
+        return _seconds(work) * 1e3
 
     def _on_cuda(self, work: Work) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -89,7 +88,11 @@ class Timer:
 
 
 class Ceilings:
-    """The rates that bound a kernel, measured between its repeats: a copy, and a square product in each dtype."""
+    """The rates that bound a kernel, measured between its repeats: a copy, and a square product in each dtype.
+
+    A CPU without instructions for a 16-bit dtype multiplies it best through fp32, whose rate is the bound then: torch's
+    own product of such can be a hundred times as slow.
+    """
 
     def __init__(self, device: str) -> None:
         kind = device.split(":")[0]
@@ -104,9 +107,18 @@ class Ceilings:
         if bound == "copy":
             return lambda: self._target.copy_(self._source)
         if dtype not in self._square:
-            self._square[dtype] = torch.randn(self._side, self._side, device=self._device).to(dtype)
+            square = torch.randn(self._side, self._side, device=self._device)
+            self._square[dtype] = square.to(self._multiplied_as(dtype))
         square = self._square[dtype]
         return lambda: square @ square
+
+    def _multiplied_as(self, dtype: torch.dtype) -> torch.dtype:
+        if self._device != "cpu" or dtype.itemsize > 2:
+            return dtype
+        small = {kind: torch.randn(256, 256).to(kind) for kind in (dtype, torch.float32)}
+        works: dict[torch.dtype, Callable[[], object]] = {kind: partial(torch.mm, a, a) for kind, a in small.items()}
+        times = {kind: [_seconds(work) for _ in range(3)] for kind, work in works.items()}
+        return min(times, key=lambda kind: min(times[kind]))
 
     def note(self, bound: str, dtype: str, milliseconds: float) -> None:
         """Keeps the best rate: GB/s read and written of "copy", TFLOP/s of "product <dtype>"."""
@@ -118,6 +130,12 @@ class Ceilings:
 
     def rate(self, bound: str, dtype: str) -> float:
         return self.best["copy" if bound == "copy" else f"product {dtype}"]
+
+
+def _seconds(work: Work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def quantile(times: list[float], at: float) -> float:

@@ -9,7 +9,7 @@ from megapre import kernels
 from megapre.kernels import registry
 from megapre.kernels.bench import cases, sets
 from megapre.kernels.bench.run import Plan, Runner
-from megapre.kernels.bench.timer import Timer, quantile
+from megapre.kernels.bench.timer import Ceilings, Timer, quantile
 from megapre.kernels.cost import cost
 
 TINY = {"T": 8, "B": 2, "S": 8, "H": 16, "N": 4, "K": 2, "D": 8, "F": 16, "V": 32, "P": 1000}
@@ -71,6 +71,15 @@ def test_providers_take_turns_and_each_round_begins_with_another() -> None:
 def test_preparation_and_emptying_the_caches_are_not_timed() -> None:
     timer = Timer("cpu", cold=True)
     assert timer.milliseconds(lambda: None, lambda: time.sleep(0.05)) < 10
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_products_in_16_bits_are_held_against_no_less_than_those_in_fp32(dtype: str) -> None:
+    timer, ceilings = Timer("cpu", cold=False), Ceilings("cpu")
+    for known in (dtype, "fp32"):
+        work = ceilings.probe("product", cases.DTYPES[known])
+        ceilings.note("product", known, min(timer.turns({"": (work, None)}, 3)[""]))
+    assert ceilings.rate("product", dtype) > 0.5 * ceilings.rate("product", "fp32"), "half: times scatter"
 
 
 def test_quantiles() -> None:
