@@ -52,12 +52,11 @@ class Profile:
     def better(self, op: str, dtype: str, preferred: str, usable: Iterable[str]) -> tuple[str, str]:
         """(the implementation to use instead of `preferred`, why); the preferred one and "" where none is better.
 
-        Where nothing was measured in `dtype`, or it is "", all dtypes count.
+        Only measurements in `dtype` count; all where it is "".
         """
         known = self.ops.get(op, {})
-        shapes = known.get(dtype) or {
-            f"{shape} {name}": times for name, of in known.items() for shape, times in of.items()
-        }
+        counted = {name: of for name, of in known.items() if dtype in (name, "")}
+        shapes = {f"{shape} {name}": times for name, of in counted.items() for shape, times in of.items()}
         best, best_gain = preferred, 0.0
         for name in usable:
             gains = [
@@ -100,9 +99,9 @@ def key(device: str) -> dict[str, str | int]:
 
 
 def hardware(device: str) -> str:
-    """The name of the CPU or GPU as it gives it itself."""
+    """The name of the CPU or GPU as it gives it itself; "none" for a GPU that is not there."""
     if device != "cpu":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none"
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

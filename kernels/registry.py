@@ -184,8 +184,8 @@ class _Choice(NamedTuple):
 def choose(device: str, overrides: Mapping[str, str] | None = None, dtype: torch.dtype | None = None) -> Kernels:
     """The implementation of every op for "cpu" or "cuda" (an index, as in "cuda:0", is allowed).
 
-    `overrides` maps ops to implementation names. `dtype` is that of the model: measurements in it count where there are
-    some. KernelUnavailable when an override is unknown or cannot run here; the message says what can.
+    `overrides` maps ops to implementation names. `dtype` is that of the model: only what was measured in it counts, and
+    everything for None. KernelUnavailable when an override is unknown or cannot run here; the message says what can.
     """
     chosen = _choose(device, overrides or {}, dtype)
     return Kernels(

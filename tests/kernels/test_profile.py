@@ -62,12 +62,20 @@ def test_one_shape_in_which_it_is_slower_is_enough(file: Path, preferred: str) -
 
 def test_each_dtype_has_its_own_and_all_count_where_none_is_named(file: Path, preferred: str) -> None:
     profile.write("cpu", ops(SLOW, FAST, preferred, "bf16"))
+    assert kernels.choose("cpu", dtype=torch.float32).names[OP] == preferred, "nothing was measured in it"
     profile.write("cpu", ops(FAST, SLOW, preferred, "fp32"))
     assert kernels.choose("cpu", dtype=torch.bfloat16).names[OP] == OTHER
     assert kernels.choose("cpu", dtype=torch.float32).names[OP] == preferred
     assert kernels.choose("cpu").names[OP] == preferred
     profile.write("cpu", ops(SLOW, FAST, preferred, "fp32"))  # what is measured again is replaced
     assert kernels.choose("cpu").names[OP] == OTHER
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_profile_does_not_stand_in_the_way_of_asking_about_cuda(file: Path, preferred: str) -> None:
+    profile.write("cpu", ops(SLOW, FAST, preferred))
+    assert "hardware was " in profile.load("cuda").state
+    assert {row.op for row in kernels.table("cuda") if row.chosen} == set(kernels.registry.OPS)
 
 
 def test_what_cannot_run_is_not_chosen(file: Path, preferred: str) -> None:
