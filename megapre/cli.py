@@ -264,7 +264,7 @@ def bench_step(recipe: str, overrides: tuple[str, ...], steps: int, warmup: int,
 @click.option("--mode", "modes", default="", help="forward, backward, full; with commas.  [default: all]")
 @click.option("--set", "named_set", default="", help="A named list of cases instead: targets, gpu, gpu-quick.")
 @DEVICE
-@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="Of the CPU; 0: torch's choice.")
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="Of the CPU; 0: those of a run.")
 @click.option(
     "--repeats", default=25, show_default=True, type=click.IntRange(1), help="Calls of each provider at most."
 )

@@ -83,6 +83,9 @@ def run(request: Request, out: str | None = None, write_profile: bool = False) -
             cases += 1
     except KeyboardInterrupt:
         interrupted = True
+    if cases == len(planned) and not runner.rows:
+        wanted = ", ".join(request.providers)
+        raise BenchRequestError(f"bench kernels: these ops have no {wanted} on {device}; --list shows what each has")
     report = Report(
         {**about, "cases": len(planned), "cases_measured": cases, "interrupted": interrupted},
         runner.ceilings.best,

@@ -48,12 +48,16 @@ def tables(report: Report) -> Iterator[RenderableType]:
         names = ("min ms", "median", "p20-p80", "rate", "of ceiling", "vs best peer", *(["goal"] if goals else []))
         for name, width in zip(names, (9, 9, 17, 14, 10, 20, 20), strict=False):
             table.add_column(name, justify="left" if name == "goal" else "right", width=width, no_wrap=True)
-        last = ""
+        last, untimed = "", {}
         for row in rows:
-            table.add_row(*cells(row, last, goals), style="bold" if row.in_use else "")
-            last = row.mode
+            if row.repeats:
+                table.add_row(*cells(row, last, goals), style="bold" if row.in_use else "")
+                last = row.mode
+            else:
+                untimed[row.provider] = row.note
         yield Text.assemble((op, "bold blue"), f"  {shape}  {dtype}")
         yield table
+        yield from (Text(f"{provider} was not timed: {note}") for provider, note in untimed.items())
         yield ""
     rates = [
         f"copy {rate:.1f} GB/s" if name == "copy" else f"{name} {rate * 1e3:.0f} GFLOP/s"

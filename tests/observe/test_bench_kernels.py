@@ -164,6 +164,18 @@ def test_what_the_budget_leaves_out_is_told(capsys: pytest.CaptureFixture[str]) 
     assert "2 of 2 cases were not finished; raise --budget, or name fewer ops" in capsys.readouterr().out
 
 
+def test_what_could_not_be_timed_is_told_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = Request(ops=("attention",), shapes=("T=8,N=2,D=512",), repeats=1, device="cpu")
+    if kernels.choose("cpu").names["attention"] == "native":
+        assert bench_kernels.run(wide) == 0
+        assert "native was not timed: ValueError: attention: head dim 512; native " in capsys.readouterr().out
+
+
+def test_providers_that_none_of_the_ops_has_here_are_an_error() -> None:
+    with pytest.raises(UserError, match="these ops have no cudnn on cpu; --list shows"):
+        bench_kernels.run(replace(TINY, ops=("swiglu",), providers=("cudnn",)))
+
+
 def test_numbers_are_short() -> None:
     assert [bench_report.number(ms) for ms in (0.0123456, 1.23456, 12.3456)] == ["0.0123", "1.235", "12.3"]
 
