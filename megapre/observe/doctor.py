@@ -51,7 +51,7 @@ def run() -> int:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = Console(width=None if sys.stdout.isatty() else 104)
     for title, probe in SECTIONS:
         table = Table.grid(padding=(0, 2), expand=True)
         table.add_column(width=26)
@@ -176,7 +176,7 @@ def kernels(console: Console) -> None:
     registry = importlib.import_module("megapre.kernels")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for column, width in (("  op", 24), ("implementation", 16), ("", 7)):
+        for column, width in (("  op", 37), ("implementation", 14), ("", 6)):
             table.add_column(column, width=width, no_wrap=True)
         table.add_column(f"on {device}", overflow="fold")
         reasons: dict[str, int] = {}

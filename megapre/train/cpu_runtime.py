@@ -185,7 +185,7 @@ def facts(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     yield "waiting threads", waiting or "as OpenMP has it: torch was imported first"
     pinning = ", ".join(f"{name}={environment[name]}" for name in PINNING if name in environment)
     yield "pinning", pinning or "none: a pinned thread cannot leave a core that another process takes"
-    yield "freed memory", f"{'kept (run.keep_memory=false: not)' if _mallopt() else 'left to the C library, not glibc'}"
+    yield "freed memory", "kept (run.keep_memory=false: not)" if _mallopt() else "left to the C library, not glibc"
     kernel = _read(Path("/sys/kernel/mm/transparent_hugepage/enabled"))
     asked = "asked for" if environment.get("THP_MEM_ALLOC_ENABLE") == "1" else "not asked for"
     yield "huge pages", f"{asked} (THP_MEM_ALLOC_ENABLE); of the kernel: {kernel or 'none'}"
