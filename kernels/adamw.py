@@ -10,8 +10,9 @@ Shapes   all of param, master, exp_avg, exp_avg_sq, grad are 1-D of one length P
 Cost     about 15 FLOPs an element; bytes an element: grad 4 (bf16: 2) read, master, m, v 12 read and 12 written, bf16
          parameter 2 written.
 Floor    memory: bytes / copy rate.
-Measured 55e6 parameters, fp32 gradient, bf16 parameter: native 18.8 ms, 186% of the rate of a copy (which fetches
-         what it overwrites; here all but the parameter is read anyway); torch's fused kernel and a copy 22.5 ms.
+Measured 55e6 parameters, fp32 gradient, bf16 parameter: native 18 to 28 ms from run to run of a virtual machine, 0.9 to
+         1.9 times the rate of a copy (which fetches what it overwrites; here all but the parameter is read anyway);
+         torch's fused kernel and a copy 23 to 40 ms. In runs of 18 to 19 ms:
          bf16 gradient 17.4 ms; adamw_stochastic_ 22.3 ms, with bf16 moments 46.8 ms, where random bits are the cost.
          AMD EPYC (Zen 4, AVX-512 bf16), two threads, torch 2.13, 2026-11-21.
 

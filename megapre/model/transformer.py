@@ -7,7 +7,7 @@ The residual stream never meets an addition of its own: each norm takes the stre
 returns both their sum and its norm (`ops.layer_norm`, `ops.rms_norm` with `residual=`), one pass over memory instead of
 two. So a block hands on the pair (x, residual) whose sum is the stream.
 
-Every operation that is not a matrix product comes from `ops`, the kernels chosen for the device. Embedding, blocks, and
+Operations come from `ops`, the kernels chosen for the device. Embedding, blocks, and
 final norm with head are separate methods: any run of them in this order is a piece of a model.
 
 Legend: B batch, S sequence, T = B*S tokens, H hidden, N query heads, K key-value heads, D head dim, F ffn width,
