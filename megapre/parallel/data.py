@@ -154,8 +154,9 @@ class FlatGroup:
             for bucket in self.buckets
         ]
         for own, kept in whole if self.shards.size == 1 else cut:
-            master = self.param[own] if self.master is self.param else self.master[kept]
-            yield Piece(own.start, kept, self.param[own], master, self.grad[own])
+            param = self.param[own]
+            master = param if self.master is self.param else self.master[kept]
+            yield Piece(own.start, kept, param, master, self.grad[own])
 
     def counted(self) -> list[Tensor]:
         """The gradients of which this rank tells the norm: its own, but for those that another rank counts."""

@@ -66,7 +66,13 @@ class Exchange:
             self.waiting[number] = late + sum(self.expected[name] > 0 for name in bucket.names)
 
     def arrived(self, name: str) -> None:
-        """Another gradient of `name` is written."""
+        """Another gradient of `name` is written. Raises RuntimeError where its sum has begun already."""
+        if self.part_of[name] < self.begun:
+            raise RuntimeError(
+                f"the gradient of {name} was written {self.arrivals[name] + 1} times in this step and "
+                f"{self.expected[name]} times in the first: replicas have summed it too early. A step must use each "
+                f"parameter as often as the first did"
+            )
         self.arrivals[name] += 1
         if self.arrivals[name] == self.expected[name]:
             number = self.part_of[name]
@@ -76,22 +82,12 @@ class Exchange:
                 self.begun += 1
 
     def finish(self) -> None:
-        """Begins all sums that have not begun, and waits for all. Afterwards own parts of gradients are whole sums.
-
-        Raises RuntimeError where a gradient was written after its sum had begun.
-        """
+        """Begins all sums that have not begun, and waits for all. Afterwards own parts of gradients are whole sums."""
         for part in self.parts[self.begun :]:
             self._sum(part)
         for work in self.sums:
             work.wait()
         self.sums.clear()
-        more = {name: count for name, count in self.arrivals.items() if count > self.expected[name] > 0}
-        if more:
-            name, count = next(iter(more.items()))
-            raise RuntimeError(
-                f"the gradient of {name} was written {count} times in this step and {self.expected[name]} times in the "
-                f"first: replicas have summed it too early. A step must use each parameter as often as the first did"
-            )
         if not self.expected:
             self.expected = Counter(self.arrivals)
         self._await_all()

@@ -95,3 +95,24 @@ def test_replicas_train_as_one(run_on: RunOn, size: int, dtype: torch.dtype, sha
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4 if dtype is torch.float32 else 1e-2, atol=1e-5)
         assert early >= 3, "sums must begin while the backward runs"
+
+
+def use_more_often_than_at_first() -> str:
+    group = Group((0, 1), dist.get_rank(), dist.group.WORLD)
+    net = Net(torch.float32)
+    flat = FlatParameters(net.named_parameters(), decays, 3000, replicas=group)
+    message = ""
+    for times in (1, 2):
+        flat.begin_step()
+        try:
+            for _ in range(times):
+                net(torch.arange(8), use=True).backward()
+        except RuntimeError as error:
+            message = str(error)
+        flat.finish_step()
+    return message
+
+
+def test_a_gradient_after_its_sum_is_an_error(run_on: RunOn) -> None:
+    for message in run_on(2, use_more_often_than_at_first):
+        assert "was written 2 times in this step and 1 times in the first" in message
