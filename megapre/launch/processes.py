@@ -226,15 +226,16 @@ class Ranks:
             left = [rank for rank in left if self._hear(rank)]
 
     def _pass_on(self) -> int:
-        """Acts on the last of the signals; returns how many have come."""
-        number = self._signals[-1]
-        if len(self._signals) > 1:
+        """Acts on the last of the signals; returns how many had come. Another may come meanwhile: it is not counted."""
+        come = len(self._signals)
+        number = self._signals[come - 1]
+        if come > 1:
             self._say(f"{number.name} again: ranks are killed")
             self._tell(signal.SIGKILL)
         else:
             self._say(f"{number.name}: passed on to all ranks, which save and end; once more to kill them")
             self._tell(PASSED_ON[number])
-        return len(self._signals)
+        return come
 
     def _tell(self, number: signal.Signals) -> None:
         self._sent.add(number)
