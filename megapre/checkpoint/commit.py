@@ -90,7 +90,7 @@ def save(
             writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
             planner = planners.SavePlanner(_as_pieces(tensors))
             dcp.save({}, storage_writer=writer, planner=planner, process_group=ranks, no_dist=alone)
-        with _together(ranks) as first:
+        with _together(ranks):
             own = {p.name: _fingerprint(p) for p in sorted(partial.iterdir()) if _writer_of(p) == _rank(ranks)}
         files = _gathered(own, ranks)
         with _together(ranks) as first:

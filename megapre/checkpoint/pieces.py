@@ -50,20 +50,7 @@ def of_range(place: Held, part: Sequence[int], flat: Tensor, start: int) -> Iter
         rows, columns = ((end - at) // width, width) if column == 0 and end - at >= width else (1, width - column)
         columns = min(columns, end - at)
         values = flat[at - start : at - start + rows * columns].view(rows, columns)
-        for offsets, found in _in_whole(place, row, column, values):
+        for there, found in place.in_whole(values, column if place.dim else row):
+            offsets = (row, there) if place.dim else (there, column)
             yield Piece(offsets, found) if len(part) > 1 else Piece(offsets[:1], found.flatten())
         at += rows * columns
-
-
-def _in_whole(place: Held, row: int, column: int, values: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """A rectangle of a rank's part, from (row, column) on, as rectangles of the whole."""
-    local = 0
-    for first, last in place.ranges:
-        length = min(last, place.shape[place.dim]) - first  # without padding
-        begin = row if place.dim == 0 else column
-        start, stop = max(begin, local), min(begin + values.shape[place.dim], local + length)
-        if start < stop:
-            found = values.narrow(place.dim, start - begin, stop - start)
-            there = first + start - local
-            yield ((there, column) if place.dim == 0 else (row, there)), found
-        local += last - first

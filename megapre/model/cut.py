@@ -37,14 +37,22 @@ class Held(NamedTuple):
     ranges: tuple[tuple[int, int], ...]
     shape: tuple[int, ...]
 
+    def in_whole(self, values: Tensor, begin: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """`values`, which the rank has from place `begin` along `dim` on, as views that lie together in the whole, each
+        with its place there; padding in none.
+        """
+        at = 0
+        for first, last in self.ranges:
+            length = min(last, self.shape[self.dim]) - first
+            start, stop = max(begin, at), min(begin + values.shape[self.dim], at + length)
+            if start < stop:
+                yield first + start - at, values.narrow(self.dim, start - begin, stop - start)
+            at += last - first
+
     def pieces(self, whole: Tensor, part: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Views of the whole weight and of the rank's part, pair by pair of the same elements; padding in none."""
-        at = 0
-        for start, stop in self.ranges:
-            length = min(stop, self.shape[self.dim]) - start
-            if length > 0:
-                yield whole.narrow(self.dim, start, length), part.narrow(self.dim, at, length)
-            at += stop - start
+        for place, view in self.in_whole(part):
+            yield whole.narrow(self.dim, place, view.shape[self.dim]), view
 
 
 def short(name: str) -> str:

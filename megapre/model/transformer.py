@@ -7,8 +7,8 @@ The residual stream never meets an addition of its own: each norm takes the stre
 returns both their sum and its norm (`ops.layer_norm`, `ops.rms_norm` with `residual=`), one pass over memory instead of
 two. So a block hands on the pair (x, residual) whose sum is the stream.
 
-Operations come from `ops`, the kernels chosen for the device. Embedding, blocks, and
-final norm with head are separate methods: any run of them in this order is a piece of a model.
+Operations come from `ops`, the kernels chosen for the device. Embedding, blocks, and final norm with head are separate
+methods: any run of them in this order is a piece of a model.
 
 Legend: B batch, S sequence, T = B*S tokens, H hidden, N query heads, K key-value heads, D head dim, F ffn width,
 V vocabulary, Vp the same padded to a multiple of 128. Row V and beyond of embed.weight and head.weight exist so that
@@ -27,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 
 from megapre.kernels.heads import split
 from megapre.model.cut import CUT, local
-from megapre.model.embedding import Embedding
 from megapre.model.errors import ModelError
 from megapre.model.recompute import Recompute, forgetting
 from megapre.model.rope import Rotary
@@ -244,7 +243,7 @@ class Transformer(nn.Module):
         learned = cfg.positions == "learned"
         if first:
             self.embed = VocabEmbedding(rows, cfg.hidden, ops, make.like, tensor)
-        self.positions = Embedding(cfg.context, cfg.hidden, ops, make.like) if first and learned else None
+        self.positions = VocabEmbedding(cfg.context, cfg.hidden, ops, make.like) if first and learned else None
         self.rotary = None if learned else Rotary(cfg, device)
         self.blocks = nn.ModuleList()
         for layer in layers:  # named by their place in the whole model

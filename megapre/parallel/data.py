@@ -116,7 +116,7 @@ class FlatGroup:
             names.append(name)
             end = -(-stop // ALIGNMENT) * ALIGNMENT
             if end - begun >= bucket_elements or len(self.slots) == len(parameters):
-                end = begun - (begun - stop) // unit * unit
+                end = begun + -(-(stop - begun) // unit) * unit
                 self.buckets.append(Bucket(begun, end, tuple(names)))
                 begun, names = end, []
         dtypes = {parameter.dtype for _, parameter in parameters}
@@ -132,11 +132,7 @@ class FlatGroup:
         self.kept = end // shards.size
         alone = self.param.dtype == torch.float32 or not keep_master
         self.master = self.param if alone else torch.empty(self.kept, device=self.param.device)
-        self.reset_master()
-
-    def reset_master(self) -> None:
-        """Master weights anew from the parameters, if they are not those."""
-        if self.master is not self.param:
+        if not alone:
             for piece in self.pieces():
                 piece.master.copy_(piece.param)
 

@@ -82,8 +82,8 @@ class TensorGroup:
         return Arriving(own, reduce_scatter(own, partial.contiguous(), group=self.group, async_op=True))
 
 
-class ColumnLinear(nn.Linear):
-    """nn.Linear with `outs` of its outputs on this rank, left uninitialised."""
+class _Linear(nn.Linear):
+    """nn.Linear with this rank's `ins` and `outs`, left uninitialised: who makes it draws the weights."""
 
     def __init__(
         self, ins: int, outs: int, bias: bool, ops: Kernels, like: dict[str, Any], tensor: TensorGroup | None = None
@@ -93,6 +93,10 @@ class ColumnLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         pass
+
+
+class ColumnLinear(_Linear):
+    """Some of the outputs are on this rank."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., ins] -> [..., outs]; with `sequence` [T / size, ins] -> [T, outs]."""
@@ -101,17 +105,8 @@ class ColumnLinear(nn.Linear):
         return _Column.apply(x, self.weight, self.bias, self.tensor)  # type: ignore[no-any-return]
 
 
-class RowLinear(nn.Linear):
-    """nn.Linear with `ins` of its inputs on this rank, left uninitialised. The bias is whole on every rank."""
-
-    def __init__(
-        self, ins: int, outs: int, bias: bool, ops: Kernels, like: dict[str, Any], tensor: TensorGroup | None = None
-    ) -> None:
-        super().__init__(ins, outs, bias, **like)
-        self.ops, self.tensor = ops, tensor
-
-    def reset_parameters(self) -> None:
-        pass
+class RowLinear(_Linear):
+    """Some of the inputs are on this rank. The bias is whole on every rank."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., ins] -> [..., outs]; with `sequence` [T, ins] -> [T / size, outs]."""
@@ -134,7 +129,7 @@ class VocabEmbedding(nn.Embedding):
         pass
 
     def forward(self, ids: Tensor) -> Tensor:
-        """int64 [B, S] below the rows of all ranks -> [B, S, width]; with `sequence` [T / size, width]."""
+        """int64 ids below the rows of all ranks, [...] -> [..., width]; [B, S] -> [T / size, width] with `sequence`."""
         if self.tensor is None:
             return self.ops.embedding(ids, self.weight)  # type: ignore[no-any-return]
         rows = self.num_embeddings
