@@ -108,7 +108,7 @@ def parts(out: Path) -> list[Part]:
             [PYTHON, "setup.py", "build_ext", "--inplace"],
             {"MEGAPRE_NATIVE": "1"},
         ),
-        Part("doctor", "what the machine offers and which kernels run", 60, [PYTHON, "-m", "megapre.cli", "doctor"]),
+        Part("doctor", "what the machine offers and which kernels run", 60, [PYTHON, "-m", "megapre", "doctor"]),
         Part("tests", "every test marked gpu", 240, [*pytest, "-m", "gpu", "tests"]),
         Part(
             "sanitizer",

@@ -102,7 +102,7 @@ def megapre(*arguments: object) -> None:
     """Run one `megapre` command, shown as it would be typed. Raises CalledProcessError if it fails."""
     words = [str(argument) for argument in arguments]
     print(f"$ {program()} {shlex.join(words)}", flush=True)
-    subprocess.run([sys.executable, "-m", "megapre.cli", *words], check=True)
+    subprocess.run([sys.executable, "-m", "megapre", *words], check=True)
 
 
 def dtype() -> list[str]:

@@ -278,4 +278,4 @@ def test_a_closed_pipe_is_no_bug() -> None:
     assert done.stderr == ""
 
 
-ROOT = Path(os.path.realpath(cli.__file__)).parents[1]
+ROOT = Path(os.path.realpath(cli.__file__)).parents[2]

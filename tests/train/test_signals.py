@@ -20,7 +20,7 @@ ENDLESS = ("run.steps=100000", "optim.schedule=constant", "checkpoint.every=0")
 
 
 def start(recipe: Path, *arguments: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "megapre.cli", "train", str(recipe), *arguments]
+    command = [sys.executable, "-m", "megapre", "train", str(recipe), *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -60,7 +60,7 @@ def test_the_first_signal_finishes_the_step_saves_and_exits(
 
 
 def test_a_launched_run_saves_and_resumes(recipe: Callable[..., Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "megapre.cli", "launch", "local", str(recipe(*ENDLESS))]
+    command = [sys.executable, "-m", "megapre", "launch", "local", str(recipe(*ENDLESS))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(process, "[0] step      3/")
     process.send_signal(signal.SIGHUP)  # the terminal is closed

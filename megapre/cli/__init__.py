@@ -1,0 +1,93 @@
+"""The command line: each verb is a thin door to one room.
+
+Only click is imported here. A verb imports its room when it runs: `megapre --help` needs neither torch nor patience.
+"""
+
+import os
+import sys
+
+import click
+
+from .. import __version__
+from . import bench, data, schedules, training
+
+BROKEN, INTERRUPTED = 2, 130
+"""Exit codes for what the user can mend, and for Ctrl-C."""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="megapre")
+def cli() -> None:
+    """megapre pretrains large language models: raw text to tokens to a trained, sampled model.
+
+    \b
+    megapre tokenizer train text/*.txt --vocab-size 8192 --output tokenizer.json
+    megapre tokenize text/*.txt --tokenizer tokenizer.json --output-prefix data/text
+    megapre train gpt2-124m data.train=data/text run.steps=1000
+    megapre sample runs/gpt2-124m --prompt "Once upon a time"
+    """
+    from ..train import cpu_runtime
+
+    cpu_runtime.before_torch(os.environ)
+
+
+@cli.command()
+def doctor() -> int:
+    """What this machine has, and what is used of it."""
+    from ..observe import doctor
+
+    return doctor.run()
+
+
+for verb in (
+    training.train,
+    training.launch,
+    training.evaluate,
+    training.sample,
+    data.tokenize,
+    data.tokenizer,
+    bench.bench,
+    schedules.schedule,
+):
+    cli.add_command(verb)
+
+
+def main() -> None:
+    """Run and exit with 0, the verb's own code, 1 for a bug, 2 for what the user can mend, or 130 for Ctrl-C."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("megapre: interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # `megapre ... | head`: nobody reads on, and the interpreter would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        message = _mendable(error)
+        if message is None or os.environ.get("MEGAPRE_TRACEBACK") == "1":
+            raise
+        click.echo(f"megapre: error: {message}", err=True)
+        sys.exit(BROKEN)
+    sys.exit(code or 0)
+
+
+def _mendable(error: Exception) -> str | None:
+    """What to tell the user about `error`, or None where it is a bug of ours and the traceback is the message."""
+    from ..errors import UserError
+
+    # The kernels stand alone, so their errors are no UserErrors.
+    if isinstance(error, UserError) or (isinstance(error, ValueError) and _home(error).startswith("megapre.kernels")):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("megapre"):
+        return f"the Python package {error.name!r} is missing in {sys.executable}; `megapre doctor` lists what is there"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    return None
+
+
+def _home(error: Exception) -> str:
+    """The module that defines the error's class."""
+    return type(error).__module__

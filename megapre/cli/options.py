@@ -1,0 +1,23 @@
+"""What several verbs take."""
+
+import click
+
+RECIPE = click.argument("recipe")
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+INPUTS = click.argument("inputs", nargs=-1, required=True, type=click.Path())
+AUTO = "auto: cuda where there is one."
+DEVICE = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help=AUTO
+)
+JSON_KEY = click.option("--json-key", default="text", show_default=True, help="Field or column with the text.")
+RUN = click.argument("run", type=click.Path())
+
+
+class WithKnobs(click.Command):
+    """A command whose help ends with every knob of a recipe."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from ..config import help_text, recipe_names
+
+        formatter.write(f"\nRECIPE is a TOML file, or one of\n  {', '.join(recipe_names())}\n")
+        formatter.write(f"\nKnobs, as in optim.lr=3e-4:\n\n{help_text()}\n")
