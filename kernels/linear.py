@@ -19,7 +19,9 @@ Measured bf16 T 2048, I 768, O 3072, 2 threads, GFLOP/s: y 431, dx 434, dW added
          neither 37 and 32 (13, 3); fp16 85 and 89 (36, 3) with AVX2, 81 and 81 (36, 3) with AVX-512. Not measured: Arm.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,6 +92,38 @@ class _IntoSinks(torch.autograd.Function):
 
 
 # The three products by themselves, for a layer whose ranks communicate in between.
+
+
+class Products(NamedTuple):
+    """Each as the function of the same name below, outside of autograd."""
+
+    product: Callable[..., Tensor]
+    input_gradient: Callable[[Tensor, Tensor], Tensor]
+    weight_gradients: Callable[..., tuple[Tensor | None, Tensor | None]]
+
+
+def products(linear: Callable[..., Tensor]) -> Products:
+    """What `linear`, a row of the registry, is made of. ValueError for another function."""
+    if linear is native:
+        return Products(product, input_gradient, weight_gradients)
+    if linear is torch_linear or linear is reference:
+        widened = wide if linear is reference else lambda dtype: dtype
+        return Products(linear, partial(_plain_input_gradient, widened), partial(_plain_weight_gradients, widened))
+    name = getattr(linear, "__name__", repr(linear))
+    raise ValueError(f"linear: {name} has no products of its own; there are those of native, torch and reference")
+
+
+def _plain_input_gradient(widened: Callable[[torch.dtype], torch.dtype], dy: Tensor, weight_OI: Tensor) -> Tensor:
+    dtype = widened(dy.dtype)
+    return (dy.to(dtype) @ weight_OI.to(dtype)).to(dy.dtype)
+
+
+def _plain_weight_gradients(
+    widened: Callable[[torch.dtype], torch.dtype], dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    dy_TO, x_TI = dy.flatten(0, -2).to(widened(dy.dtype)), x.flatten(0, -2).to(widened(x.dtype))
+    dweight = (dy_TO.T @ x_TI).to(weight.dtype) if weight.requires_grad else None
+    return dweight, dy_TO.sum(0).to(bias.dtype) if bias is not None and bias.requires_grad else None
 
 
 def product(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:

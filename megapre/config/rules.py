@@ -239,21 +239,38 @@ def _tensor(model: "Model", layout: "Layout") -> Problems:
         )
 
 
-def _context(batch: "Batch", layout: "Layout") -> Problems:
-    # Rank i of cp holds the i-th slice from the front and from the back, so that causal work is even: 2*cp slices.
-    slices = 2 * layout.cp if layout.cp > 1 else 1
-    if batch.seq_length % slices:
+def _sequence_parallel(batch: "Batch", layout: "Layout") -> Problems:
+    tp, length = layout.tp, batch.seq_length
+    if layout.overlap_products and (tp == 1 or not layout.sequence_parallel):
         yield (
-            f"layout: seq_length = {batch.seq_length} cannot be cut into 2*cp = {slices} equal slices "
-            f"({batch.seq_length} % {slices} = {batch.seq_length % slices}); nearest: batch.seq_length "
-            f"{near_multiples(batch.seq_length, slices)}"
+            f"layout: overlap_products needs tp > 1 and sequence_parallel, whose gathers and scatters it overlaps, but "
+            f"tp = {tp} and sequence_parallel = {str(layout.sequence_parallel).lower()}; nearest: "
+            f"overlap_products=false, {'tp 2' if tp == 1 else 'sequence_parallel=true'}"
         )
-    elif layout.sequence_parallel and batch.seq_length // layout.cp % layout.tp:
-        local, unit = batch.seq_length // layout.cp, layout.tp
+    if layout.sequence_parallel and length % tp:
         yield (
-            f"layout: sequence_parallel cuts {local} tokens a rank over tp = {unit} ({local} % {unit} = "
-            f"{local % unit}); nearest: batch.seq_length {near_multiples(batch.seq_length, slices * unit)}, "
-            f"sequence_parallel=false"
+            f"layout: sequence_parallel cuts {length} tokens over tp = {tp} ({length} % {tp} = {length % tp}); "
+            f"nearest: batch.seq_length {near_multiples(length, tp)}, sequence_parallel=false"
+        )
+
+
+def _context(layout: "Layout") -> Problems:
+    if layout.cp > 1:
+        yield (
+            f"layout: cp = {layout.cp} cuts each sequence over ranks, but no attention here reads keys of another "
+            f"rank; nearest: cp 1, with tp {layout.tp * layout.cp} or dp {max(layout.dp, 1) * layout.cp} in its place"
+        )
+
+
+MOST_HEAD_DIM = 256
+"""Features of a head that the native attention has tiles for (csrc/cpu/attention.h)."""
+
+
+def _attention(model: "Model", kernels: "Mapping[str, str]") -> Problems:
+    if model.head_dim > MOST_HEAD_DIM and kernels.get("attention", "native") == "native":
+        yield (
+            f"model: head_dim = {model.head_dim} is more than the {MOST_HEAD_DIM} features that native attention "
+            f"takes; nearest: head_dim {MOST_HEAD_DIM}, kernels.attention=sdpa"
         )
 
 
@@ -380,7 +397,9 @@ RULES: tuple[Callable[..., Problems], ...] = (
     _schedule,
     _recompute,
     _tensor,
+    _sequence_parallel,
     _context,
+    _attention,
     _batch,
     _rate,
     _precision,

@@ -136,7 +136,7 @@ class Layout(Section):
     tp: Size = knob(1, "ranks", "tensor parallelism: each matrix cut over this many")
     pp: Size = knob(1, "ranks", "pipeline parallelism: layers cut into stages")
     vpp: Size = knob(1, "chunks", "pipeline chunks a rank (virtual stages)")
-    cp: Size = knob(1, "ranks", "context parallelism: each sequence cut over this many")
+    cp: Size = knob(1, "ranks", "context parallelism; 1 alone: no attention here reads keys of another rank")
     dp: Count = knob(0, "ranks", "data parallelism; 0 = world / (tp * pp * cp)")
     schedule: Literal["gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zbv", "dualpipev"] = knob(
         "1f1b", description="order of micro-batches in the pipeline; unless given, with vpp > 1 it is interleaved"

@@ -24,6 +24,7 @@ With tensor None a layer is what it is without ranks. Tokens are the rows of [T,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megapre.kernels.linear import input_gradient, product, weight_gradients
+from megapre.kernels.linear import Products, native, products
 
 from .comm import all_gather, reduce_scatter
 
@@ -90,6 +91,8 @@ class _Linear(nn.Linear):
     ) -> None:
         super().__init__(ins, outs, bias, **like)
         self.ops, self.tensor = ops, tensor
+        # Where nobody chose, the products that write into sinks: they run everywhere.
+        self.products = products(native if ops.origins["linear"] == "preference" else ops.linear)
 
     def reset_parameters(self) -> None:
         pass
@@ -102,7 +105,7 @@ class ColumnLinear(_Linear):
         """[..., ins] -> [..., outs]; with `sequence` [T / size, ins] -> [T, outs]."""
         if self.tensor is None:
             return self.ops.linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
-        return _Column.apply(x, self.weight, self.bias, self.tensor)  # type: ignore[no-any-return]
+        return _Column.apply(x, self.weight, self.bias, self.tensor, self.products)  # type: ignore[no-any-return]
 
 
 class RowLinear(_Linear):
@@ -112,7 +115,7 @@ class RowLinear(_Linear):
         """[..., ins] -> [..., outs]; with `sequence` [T, ins] -> [T / size, outs]."""
         if self.tensor is None:
             return self.ops.linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
-        y = _Row.apply(x, self.weight, self.tensor)
+        y = _Row.apply(x, self.weight, self.tensor, self.products)
         return y if self.bias is None else y + self.bias
 
 
@@ -171,47 +174,49 @@ class _Leave(torch.autograd.Function):
 
 class _Column(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tensor: TensorGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tensor: TensorGroup, ops: Products) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.bias, ctx.tensor = weight, bias, tensor  # the parameters, for their sinks
+        ctx.weight, ctx.bias, ctx.tensor, ctx.ops = weight, bias, tensor, ops  # the parameters, for their sinks
         if not tensor.sequence:
-            return product(x, weight, bias)
+            return ops.product(x, weight, bias)
         if tensor.ring:
-            return gathered_product(x, weight, bias, tensor)
-        return product(tensor.gather(x).wait(), weight, bias)
+            return gathered_product(x, weight, bias, tensor, ops.product)
+        return ops.product(tensor.gather(x).wait(), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         tensor: TensorGroup = ctx.tensor
         gathering = tensor.gather(x) if tensor.sequence else None
-        partial = input_gradient(dy, weight)
+        partial = ctx.ops.input_gradient(dy, weight)
         whole = x if gathering is None else gathering.wait()
         summing = tensor.sum(partial)
-        gradients = weight_gradients(dy, whole, ctx.weight, ctx.bias)
-        return summing.wait(), *gradients, None
+        gradients = ctx.ops.weight_gradients(dy, whole, ctx.weight, ctx.bias)
+        return summing.wait(), *gradients, None, None
 
 
 class _Row(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, tensor: TensorGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tensor: TensorGroup, ops: Products) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.tensor = weight, tensor
+        ctx.weight, ctx.tensor, ctx.ops = weight, tensor, ops
         if tensor.sequence and tensor.ring:
-            return product_scattered(x, weight, tensor)
-        return tensor.sum(product(x, weight)).wait()
+            return product_scattered(x, weight, tensor, ops.product)
+        return tensor.sum(ops.product(x, weight)).wait()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         tensor: TensorGroup = ctx.tensor
         whole = tensor.gather(dy).wait() if tensor.sequence else dy
-        dx = input_gradient(whole, weight) if ctx.needs_input_grad[0] else None
-        dweight, _ = weight_gradients(whole, x, ctx.weight)
-        return dx, dweight, None
+        dx = ctx.ops.input_gradient(whole, weight) if ctx.needs_input_grad[0] else None
+        dweight, _ = ctx.ops.weight_gradients(whole, x, ctx.weight)
+        return dx, dweight, None, None
 
 
-def gathered_product(own: Tensor, weight: Tensor, bias: Tensor | None, tensor: TensorGroup) -> Tensor:
+def gathered_product(
+    own: Tensor, weight: Tensor, bias: Tensor | None, tensor: TensorGroup, product: Callable[..., Tensor]
+) -> Tensor:
     """The product of the gathered tokens, [T, outs], as a ring: while tokens are multiplied, the next arrive."""
     y = own.new_empty(tensor.size, own.shape[0], weight.shape[0])
     piece = own.contiguous()
@@ -223,7 +228,7 @@ def gathered_product(own: Tensor, weight: Tensor, bias: Tensor | None, tensor: T
     return y.flatten(0, 1)
 
 
-def product_scattered(x: Tensor, weight: Tensor, tensor: TensorGroup) -> Tensor:
+def product_scattered(x: Tensor, weight: Tensor, tensor: TensorGroup, product: Callable[..., Tensor]) -> Tensor:
     """The product x W^T summed over ranks, of this rank's tokens, [T / size, outs], as a ring: while one share is
     multiplied, the sum of the share before travels. A sum begins with the rank after the one that keeps it.
     """

@@ -1,10 +1,11 @@
 """Whether a schedule can run: complete, in an order that respects what depends on what, and free of deadlock.
 
 What is assumed of the executor: a rank runs its actions in order; an action first receives its input, waiting until the
-peer has sent it, and sends its output without waiting; from one rank to another there are two first-in-first-out
-channels, one for activations and one for gradients, so the k-th message sent on a channel is the k-th received. One
-channel for both would not do: on two ranks interleaved may send a gradient before an activation and want it after, and
-on a V both travel from each rank to each neighbour.
+peer has sent it, and sends its output without waiting. What a peer sends is received in the order in which it sends, by
+megapre.parallel.handover: what comes before the message in want waits in memory for its action. So one channel from a
+rank to a rank does for activations and gradients, though on two ranks interleaved may send a gradient before an
+activation and want it after, and on a V both travel from each rank to each neighbour. Among the activations, and among
+the gradients, such waiting is refused here: it takes memory, and it shows that two ranks disagree on an order.
 
 An activation is kept from its F to its B, or to its W where the backward is split. A schedule in which every action
 comes once and nothing waits for ever therefore frees all of them by its end.
@@ -19,7 +20,7 @@ from .actions import Action, Schedule, ScheduleError
 from .routes import OUTPUT, PHASE, Routes, event_name, routes
 
 Channel: TypeAlias = tuple[int, int, int]
-"""From a rank to a rank, for outputs or for gradients."""
+"""From a rank to a rank, of outputs or of gradients. In memory: on the wire both kinds go one after the other."""
 
 SHOWN = 10
 """Problems that an error names."""
@@ -31,8 +32,9 @@ HELD: Mapping[str, int] = {"F": 1, "B": -1, "I": 0, "W": -1}
 def check(schedule: Schedule, in_flight: int | None = None, unreceived: int | None = None) -> list[str]:
     """What is wrong with the schedule, a line for each problem; empty if it can run.
 
-    in_flight: most activations that a rank may hold. unreceived: messages that a channel takes before a sender has to
-    wait for the receiver; 0 is a rendezvous, None no limit.
+    in_flight: most activations that a rank may hold. unreceived: messages of a kind that may be on their way to a rank,
+    or wait there, before the sender has to wait until one is taken; 0 is a rendezvous, None, as the executor has it, no
+    limit.
     """
     problems = list(_incomplete(schedule))
     if problems:
@@ -92,7 +94,7 @@ def _incomplete(schedule: Schedule) -> Iterator[str]:
 
 
 def _misordered(schedule: Schedule, table: Routes) -> Iterator[str]:
-    """On each channel, messages are sent in the order in which they are received."""
+    """From a rank to a rank, messages of one kind are sent in the order in which they are taken."""
     sent: defaultdict[Channel, list[int]] = defaultdict(list)
     received: defaultdict[Channel, list[int]] = defaultdict(list)
     for rank, program in enumerate(schedule):
@@ -110,7 +112,7 @@ def _misordered(schedule: Schedule, table: Routes) -> Iterator[str]:
             if pair[0] != pair[1]:
                 given, wanted = ("nothing" if event is None else event_name(event, schedule)[0] for event in pair)
                 what = "activation" if phase == OUTPUT else "gradient"
-                yield f"rank {source} to rank {target}: {what} {k} is sent as {given} and received as {wanted}"
+                yield f"rank {source} to rank {target}: {what} {k} is sent as {given} and taken as {wanted}"
                 break  # later messages of the channel are shifted by this one
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapre.mesh import Mesh
+from megapre.mesh import Mesh, MeshError
 from megapre.model.decay import decays
 from megapre.model.init import initialize
 from megapre.optim.adamw import AdamW
@@ -51,6 +51,8 @@ class StepResult(NamedTuple):
 def connected(cfg: Config, here: Place, device: torch.device) -> Groups:
     """The groups that `cfg`'s layout needs, among `here.world` ranks. Raises MeshError and CommError."""
     layout, model = cfg.layout, cfg.model
+    if layout.cp > 1:
+        raise MeshError(f"layout: cp = {layout.cp}: no attention here reads keys of another rank; set layout.cp to 1")
     v = BUILDERS[layout.schedule].placement == "v"
     return connect(
         Mesh(here.world, layout.tp, layout.pp, layout.cp),

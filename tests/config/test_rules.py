@@ -147,14 +147,32 @@ BROKEN = [
     ),
     (
         "gpt2-124m",
-        ["layout.cp=3"],
-        "layout: seq_length = 1024 cannot be cut into 2*cp = 6 equal slices (1024 % 6 = 4); nearest: "
-        "batch.seq_length 1020 or 1026",
+        ["layout.cp=2", "layout.tp=4"],
+        "layout: cp = 2 cuts each sequence over ranks, but no attention here reads keys of another rank; nearest: "
+        "cp 1, with tp 8 or dp 2 in its place",
+    ),
+    (
+        "gpt2-124m",
+        ["layout.overlap_products=true"],
+        "layout: overlap_products needs tp > 1 and sequence_parallel, whose gathers and scatters it overlaps, but tp = "
+        "1 and sequence_parallel = true; nearest: overlap_products=false, tp 2",
+    ),
+    (
+        "gpt2-124m",
+        ["layout.tp=2", "layout.sequence_parallel=false", "layout.overlap_products=true"],
+        "layout: overlap_products needs tp > 1 and sequence_parallel, whose gathers and scatters it overlaps, but tp = "
+        "2 and sequence_parallel = false; nearest: overlap_products=false, sequence_parallel=true",
+    ),
+    (
+        "gpt2-124m",
+        ["model.head_dim=320"],
+        "model: head_dim = 320 is more than the 256 features that native attention takes; nearest: head_dim 256, "
+        "kernels.attention=sdpa",
     ),
     (
         "gpt2-124m",
         ["layout.tp=3"],
-        "layout: sequence_parallel cuts 1024 tokens a rank over tp = 3 (1024 % 3 = 1); nearest: "
+        "layout: sequence_parallel cuts 1024 tokens over tp = 3 (1024 % 3 = 1); nearest: "
         "batch.seq_length 1023 or 1026, sequence_parallel=false",
     ),
     (
@@ -288,7 +306,10 @@ def test_a_broken_rule_is_reported(recipe: str, overrides: list[str], problem: s
         ("gpt2-124m", ["layout.pp=2", "layout.vpp=2", "layout.schedule=dualpipev"]),
         ("gpt2-124m", ["layout.pp=2", "layout.schedule=zb_h1"]),
         ("gpt2-124m", ["layout.schedule=breadth_first"]),
-        ("gpt2-124m", ["layout.pp=6", "layout.tp=4", "layout.cp=2", "layout.dp=8"]),
+        ("gpt2-124m", ["layout.pp=6", "layout.tp=4", "layout.dp=8"]),
+        ("gpt2-124m", ["layout.tp=4", "layout.overlap_products=true"]),
+        ("gpt2-124m", ["model.head_dim=320", "kernels.attention=sdpa"]),
+        ("gpt2-124m", ["model.head_dim=256"]),
         ("llama3-8b", ["layout.tp=16"]),  # two ranks hold each of 8 key-value heads
         ("llama3-8b", ["model.rope_scaling={type='linear', factor=4}"]),
         ("llama3-1b", ["model.rope_scaling=none"]),

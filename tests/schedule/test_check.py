@@ -89,14 +89,14 @@ def test_weights_before_input_and_backward_before_forward() -> None:
 
 def test_message_order_names_both_sides() -> None:
     assert check(parse("F0.0 F1.0 B0.0 B1.0", "F1.0 F0.0 B0.0 B1.0")) == [
-        "rank 0 to rank 1: activation 0 is sent as F0.0 and received as F1.0"
+        "rank 0 to rank 1: activation 0 is sent as F0.0 and taken as F1.0"
     ]
     assert check(parse("F0.0 F1.0 B0.0 B1.0", "F0.0 F1.0 B1.0 B0.0")) == [
-        "rank 1 to rank 0: gradient 0 is sent as B1.0 and received as B0.0"
+        "rank 1 to rank 0: gradient 0 is sent as B1.0 and taken as B0.0"
     ]
 
 
-def test_activations_and_gradients_have_channels_of_their_own() -> None:
+def test_a_gradient_may_overtake_an_activation() -> None:
     """On two ranks both go from rank 0 to rank 1, and not in the order in which rank 1 wants them."""
     schedule = build("interleaved", 2, 2, 4, group=4)
     assert check(schedule) == [] and runs(schedule)

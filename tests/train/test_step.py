@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapre.config import Config, load
 from megapre.data import DataError, GlobalBatch, MicroBatch
+from megapre.mesh import MeshError
+from megapre.parallel.comm import Place
 from megapre.train.bench import made_up
-from megapre.train.step import Engine
+from megapre.train.step import Engine, connected
 
 CPU = torch.device("cpu")
 
@@ -38,6 +40,13 @@ def with_holes(batch: GlobalBatch) -> GlobalBatch:
             labels[: 3 + 17 * row + int(part.tokens[0, 0]) % 30] = -100
     valid = sum(int((part.labels >= 0).sum()) for part in batch.micro_batches)
     return GlobalBatch(batch.micro_batches, valid, batch.samples)
+
+
+def test_a_sequence_cut_over_ranks_is_refused() -> None:
+    cfg = debug()
+    cut = cfg.model_copy(update={"layout": cfg.layout.model_copy(update={"cp": 2})})  # past the rules of a config
+    with pytest.raises(MeshError, match="layout: cp = 2: no attention here reads keys of another rank"):
+        connected(cut, Place(0, 2), CPU)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
