@@ -74,7 +74,7 @@ def schedule_show(
 @SCHEDULE
 @_sized
 @click.option("--in-flight", type=click.IntRange(1), help="Most activations that a rank may hold.")
-@click.option("--unreceived", type=click.IntRange(0), help="Most messages on their way in a channel.")
+@click.option("--unreceived", type=click.IntRange(0), help="Most messages of a kind on their way to a rank.")
 def schedule_check(
     schedule: str,
     ranks: int,
