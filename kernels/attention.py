@@ -58,7 +58,7 @@ def reference(
     scale None means 1 / sqrt(D). ValueError when shapes disagree, N is no multiple of K, Sq > Sk, window < 1, or
     cu_seqlens is given with Sq != Sk or (looked at on the CPU only) does not rise from 0 to B*S.
     """
-    _check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
+    check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
     with torch.autocast(q_BSND.device.type, enabled=False):
         dtype = wide(q_BSND.dtype)
         group = q_BSND.shape[2] // k_BSKD.shape[2]
@@ -86,7 +86,7 @@ def sdpa(
     """Through F.scaled_dot_product_attention. As `reference`, which serves return_lse, for SDPA gives none."""
     if return_lse:
         return reference(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale, return_lse)
-    _check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
+    check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
     if cu_seqlens is not None and q_BSND.device.type == "cpu" and not torch.compiler.is_compiling():
         lengths = _segments(cu_seqlens.tolist(), q_BSND.shape[1])
         if len(lengths) > q_BSND.shape[0]:
@@ -116,7 +116,7 @@ def native(
     A handful of fp32 queries on a cache goes through `sdpa`, for packing the keys would cost more than attending.
     ValueError for fp64, mixed dtypes and larger heads.
     """
-    _check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
+    check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
     few = q_BSND.shape[1] < min(8, k_BSKD.shape[1]) and q_BSND.shape[3] <= 256
     if few and q_BSND.dtype == torch.float32 and cu_seqlens is None and not return_lse:
         return sdpa(q_BSND, k_BSKD, v_BSKD, causal, None, window, scale)
@@ -185,7 +185,7 @@ def _scale(q: Tensor) -> float:
     return 1.0 / math.sqrt(q.shape[-1])
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.shape != v.shape or k.dim() != 4:
         raise ValueError(f"attention: need q [B, Sq, N, D] and k, v [B, Sk, K, D]; they are {shapes}")

@@ -28,6 +28,7 @@ from . import (
     swiglu,
     vocab_parallel_linear_cross_entropy,
 )
+from .third_party import apex, flash_attention, liger, torch_sdpa, transformer_engine
 from .triton import ops as triton
 
 Op = Callable[..., Any]
@@ -49,6 +50,8 @@ class Implementation:
     name: str
     function: Op
     why_not: Callable[[str], str] = _nothing
+    takes: str = ""
+    """Which calls it takes, where it refuses some of the op's contract: by a ValueError, never by another's hand."""
 
 
 def _needs_native(*ops: str) -> Callable[[str], str]:
@@ -79,13 +82,20 @@ IMPLEMENTATIONS = (
     Implementation("layer_norm", "native", layer_norm.native, _needs_native("layer_norm", "layer_norm_backward")),
     Implementation("layer_norm", "triton", triton.layer_norm, triton.why_not),
     Implementation("layer_norm", "torch", layer_norm.fused_torch),
+    Implementation("layer_norm", "apex", apex.layer_norm, apex.why_not("fused_layer_norm_cuda", "apex")),
+    Implementation("layer_norm", "liger", liger.layer_norm, liger.why_not),
+    Implementation("layer_norm", "transformer_engine", transformer_engine.layer_norm, transformer_engine.why_not),
     Implementation("layer_norm", "reference", layer_norm.reference),
     Implementation("rms_norm", "native", rms_norm.native, _needs_native("rms_norm", "rms_norm_backward")),
     Implementation("rms_norm", "triton", triton.rms_norm, triton.why_not),
     Implementation("rms_norm", "torch", rms_norm.fused_torch),
+    Implementation("rms_norm", "apex", apex.rms_norm, apex.why_not("fused_layer_norm_cuda", "apex")),
+    Implementation("rms_norm", "liger", liger.rms_norm, liger.why_not),
+    Implementation("rms_norm", "transformer_engine", transformer_engine.rms_norm, transformer_engine.why_not),
     Implementation("rms_norm", "reference", rms_norm.reference),
     Implementation("rope", "native", rope.native, _needs_native("rope")),
     Implementation("rope", "triton", triton.rope, triton.why_not),
+    Implementation("rope", "liger", liger.rope, liger.why_not, liger.TAKES_ROPE),
     Implementation("rope", "reference", rope.reference),
     Implementation("rope_", "native", rope.native_, _needs_native("rope_", "rope_qkv_backward")),
     Implementation("rope_", "triton", triton.rope_, triton.why_not),
@@ -97,10 +107,14 @@ IMPLEMENTATIONS = (
     Implementation("swiglu", "native", swiglu.native, _needs_native("swiglu", "swiglu_backward")),
     Implementation("swiglu", "triton", triton.swiglu, triton.why_not),
     Implementation("swiglu", "torch", swiglu.composed_torch),
+    Implementation("swiglu", "liger", liger.swiglu, liger.why_not),
+    Implementation("swiglu", "transformer_engine", transformer_engine.swiglu, transformer_engine.why_not),
     Implementation("swiglu", "reference", swiglu.reference),
     Implementation("geglu", "native", swiglu.geglu_native, _needs_native("geglu", "geglu_backward")),
     Implementation("geglu", "triton", triton.geglu, triton.why_not),
     Implementation("geglu", "torch", swiglu.geglu_composed_torch),
+    Implementation("geglu", "liger", liger.geglu, liger.why_not),
+    Implementation("geglu", "transformer_engine", transformer_engine.geglu, transformer_engine.why_not),
     Implementation("geglu", "reference", swiglu.geglu_reference),
     Implementation(
         "cross_entropy", "native", cross_entropy.native, _needs_native("cross_entropy", "cross_entropy_backward")
@@ -113,18 +127,37 @@ IMPLEMENTATIONS = (
     Implementation("vocab_parallel_linear_cross_entropy", "chunked", vocab_parallel_linear_cross_entropy.chunked),
     Implementation("vocab_parallel_linear_cross_entropy", "reference", vocab_parallel_linear_cross_entropy.reference),
     Implementation("attention", "native", attention.native, _needs_native("attention", "attention_backward_")),
+    Implementation("attention", "cudnn_or_triton", torch_sdpa.cudnn_or_triton, torch_sdpa.why_not_cudnn_or_triton),
     Implementation("attention", "sdpa_or_triton", triton.attention_by_mask, triton.why_not),
     Implementation("attention", "sdpa", attention.sdpa),
     Implementation("attention", "triton", triton.attention, triton.why_not),
+    Implementation("attention", "cudnn", torch_sdpa.cudnn, torch_sdpa.why_not_cudnn, torch_sdpa.TAKES_CUDNN),
+    Implementation(
+        "attention",
+        "flash_attention_3",
+        flash_attention.flash_attention_3,
+        flash_attention.why_not_3,
+        flash_attention.TAKES,
+    ),
+    Implementation("attention", "flash", torch_sdpa.flash, torch_sdpa.why_not_flash, torch_sdpa.TAKES_FLASH),
+    Implementation(
+        "attention",
+        "flash_attention_2",
+        flash_attention.flash_attention_2,
+        flash_attention.why_not_2,
+        flash_attention.TAKES,
+    ),
     Implementation("attention", "reference", attention.reference),
     Implementation("adamw_", "native", adamw.native, _needs_native("adamw_")),
     Implementation("adamw_", "triton", triton.adamw_, triton.why_not),
     Implementation("adamw_", "torch", adamw.fused_torch),
+    Implementation("adamw_", "apex", apex.adamw_, apex.why_not("amp_C")),
     Implementation("adamw_", "reference", adamw.reference),
     Implementation("adamw_stochastic_", "native", adamw.stochastic_native, _needs_native("adamw_stochastic_")),
     Implementation("adamw_stochastic_", "reference", adamw.stochastic_reference),
     Implementation("grad_norm", "native", grad_norm.native, _needs_native("grad_norm")),
     Implementation("grad_norm", "triton", triton.grad_norm, triton.why_not),
+    Implementation("grad_norm", "apex", apex.grad_norm, apex.why_not("amp_C")),
     Implementation("grad_norm", "reference", grad_norm.reference),
 )
 
@@ -158,7 +191,8 @@ OPS = tuple(field.name for field in fields(Kernels) if field.name not in ("names
 
 
 class Row(NamedTuple):
-    """One line of `table`. `why` says of the chosen one what chose it, and of the others what they are behind."""
+    """One line of `table`. `why` says of the chosen one what chose it, and of the others what they are behind; `takes`
+    which calls it takes, where not all."""
 
     op: str
     implementation: str
@@ -166,6 +200,7 @@ class Row(NamedTuple):
     why_not: str
     chosen: bool
     why: str
+    takes: str = ""
 
 
 _BEHIND = {
@@ -204,7 +239,7 @@ def table(device: str, overrides: Mapping[str, str] | None = None, dtype: torch.
         used, why_not = chosen[row.op], row.why_not(kind)
         is_used = row is used.implementation
         why = used.why if is_used else "" if why_not else _BEHIND[used.origin].format(used.implementation.name)
-        rows.append(Row(row.op, row.name, not why_not, why_not, is_used, why))
+        rows.append(Row(row.op, row.name, not why_not, why_not, is_used, why, row.takes))
     return rows
 
 
@@ -226,9 +261,10 @@ def _one(op: str, device: str, name: str | None, measured: profile.Profile, dtyp
     rows = [row for row in IMPLEMENTATIONS if row.op == op]
     usable = [row for row in rows if not row.why_not(device)]
     if name is None:
-        best, why = measured.better(op, dtype, usable[0].name, [row.name for row in usable])
+        whole = [row for row in usable if not row.takes]  # what refuses calls is for those who name it
+        best, why = measured.better(op, dtype, whole[0].name, [row.name for row in whole])
         if not why:
-            return _Choice(usable[0], "preference", "by preference")
+            return _Choice(whole[0], "preference", "by preference")
         return _Choice(next(row for row in usable if row.name == best), "profile", f"by profile: {why}")
     for row in rows:
         if row.name == name and row.why_not(device):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adamw import _check as check_adamw
-from ..attention import _check as check_attention
+from ..attention import check as check_attention
 from ..attention import sdpa
 from ..cross_entropy import check as check_cross_entropy
 from ..heads import split as split_heads

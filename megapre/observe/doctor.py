@@ -176,7 +176,7 @@ def kernels(console: Console) -> None:
     registry = importlib.import_module("megapre.kernels")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for column, width in (("  op", 37), ("implementation", 14), ("", 6)):
+        for column, width in (("  op", 37), ("implementation", 18), ("", 6)):
             table.add_column(column, width=width, no_wrap=True)
         table.add_column(f"on {device}", overflow="fold")
         reasons: dict[str, int] = {}
@@ -187,6 +187,8 @@ def kernels(console: Console) -> None:
         for row in rows:
             op, last = ("" if row.op == last else f"  {row.op}"), row.op
             note = f"not here ({reasons.setdefault(row.why_not, len(reasons) + 1)})" if row.why_not else row.why
+            if row.takes and not row.why_not:
+                note += f"; takes {row.takes}"
             used, style = ("in use", "bold") if row.chosen else ("", "" if row.available else "dim")
             table.add_row(*(Text(cell) for cell in (op, row.implementation, used, note)), style=style)
         console.print(table)

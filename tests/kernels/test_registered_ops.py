@@ -273,7 +273,7 @@ def calls(device: str) -> dict[str, list[tuple[Call, list[tuple[int, ...]]]]]:
 
 
 def implementations(device: str, op: str) -> list[tuple[str, Callable[..., Any]]]:
-    rows = [row.implementation for row in kernels.table(device) if row.op == op and row.available]
+    rows = [row.implementation for row in kernels.table(device) if row.op == op and row.available and not row.takes]
     return [(name, getattr(kernels.choose(device, {op: name}), op)) for name in rows]
 
 

@@ -42,8 +42,8 @@ def test_an_override_is_honoured_or_refused() -> None:
                 kernels.choose("cpu", {row.op: row.implementation})
     assert kernels.choose("cpu:0").names == kernels.choose("cpu").names
     available = "available on cpu: (native, )?sdpa, reference"
-    with pytest.raises(kernels.KernelUnavailable, match=f"no implementation 'cudnn'; {available}"):
-        kernels.choose("cpu", {"attention": "cudnn"})
+    with pytest.raises(kernels.KernelUnavailable, match=f"no implementation 'fastest'; {available}"):
+        kernels.choose("cpu", {"attention": "fastest"})
     with pytest.raises(kernels.KernelUnavailable, match="no op softmax; the ops are "):
         kernels.choose("cpu", {"softmax": "reference"})
     with pytest.raises(kernels.KernelUnavailable, match="device is 'tpu'"):
