@@ -148,9 +148,15 @@ def test_leaving_a_pool_ends_its_processes() -> None:
     wait_until_gone(*pids)
 
 
+def tells_its_pid_and_stays() -> None:
+    os.write(1, b"%d\n" % os.getpid())  # at once: print may write the line and its end one after the other
+    time.sleep(1000)
+
+
 SESSION = """
 from ranks import Pool
-Pool().run_on(2, eval, "print(__import__('os').getpid(), flush=True) or __import__('time').sleep(1000)")
+from test_ranks import tells_its_pid_and_stays
+Pool().run_on(2, tells_its_pid_and_stays)
 """
 
 
@@ -160,9 +166,11 @@ def test_a_session_that_is_killed_leaves_no_rank_behind() -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env) as session:
         assert session.stdout is not None
-        pids = [int(session.stdout.readline()) for _ in range(2)]
-        assert all(alive(pid) for pid in pids)
-        session.kill()
+        try:
+            pids = [int(session.stdout.readline()) for _ in range(2)]
+            assert all(alive(pid) for pid in pids)
+        finally:
+            session.kill()
     wait_until_gone(*pids)
 
 
