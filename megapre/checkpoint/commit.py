@@ -18,12 +18,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from megapre.errors import UserError
+from megapre.parallel.comm import CommError, gathered, rank_in, together
 
 from .pieces import Pieces, whole
 
@@ -81,7 +83,7 @@ def save(
     partial = checkpoints / f".{final.name}.partial"
     alone = ranks is None
     try:
-        with _together(ranks) as first:
+        with together(ranks) as first:
             if first:
                 checkpoints.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(partial, ignore_errors=True)
@@ -90,10 +92,10 @@ def save(
             writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
             planner = planners.SavePlanner(_as_pieces(tensors))
             dcp.save({}, storage_writer=writer, planner=planner, process_group=ranks, no_dist=alone)
-        with _together(ranks):
-            own = {p.name: _fingerprint(p) for p in sorted(partial.iterdir()) if _writer_of(p) == _rank(ranks)}
-        files = _gathered(own, ranks)
-        with _together(ranks) as first:
+        with together(ranks):
+            own = {p.name: _fingerprint(p) for p in sorted(partial.iterdir()) if _writer_of(p) == rank_in(ranks)}
+        files = {name: facts for part in gathered(own, ranks) for name, facts in part.items()}
+        with together(ranks) as first:
             if first:
                 _write_manifest(partial, {**facts, "step": step}, files)
                 _fsync(partial)
@@ -101,15 +103,11 @@ def save(
                     retire(final)
                 partial.rename(final)
                 _fsync(checkpoints)
-    except (OSError, RuntimeError, CheckpointError) as error:
-        if _rank(ranks) == 0:
+    except (OSError, RuntimeError, CheckpointError, CommError) as error:
+        if rank_in(ranks) == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"checkpoint of step {step} could not be written to {checkpoints}: {error}") from error
     return final
-
-
-def _rank(ranks: dist.ProcessGroup | None) -> int:
-    return 0 if ranks is None else dist.get_rank(ranks)
 
 
 def _writer_of(file: Path) -> int:
@@ -118,65 +116,55 @@ def _writer_of(file: Path) -> int:
     return int(found[1]) if found else 0
 
 
-def _gathered(own: dict[str, dict[str, Any]], ranks: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
-    if ranks is None:
-        return own
-    parts: list[dict[str, dict[str, Any]]] = [{} for _ in range(dist.get_world_size(ranks))]
-    dist.all_gather_object(parts, own, group=ranks)
-    return {name: facts for part in parts for name, facts in sorted(part.items())}
-
-
-@contextmanager
-def _together(ranks: dist.ProcessGroup | None) -> Iterator[bool]:
-    """Whether this is the first rank. Afterwards all ranks wait for each other; where one raised, all raise."""
-    error: OSError | None = None
-    try:
-        yield _rank(ranks) == 0
-    except OSError as raised:
-        error = raised
-    if ranks is None:
-        if error is not None:
-            raise error
-        return
-    errors: list[str] = [""] * dist.get_world_size(ranks)
-    dist.all_gather_object(errors, "" if error is None else f"{error}", group=ranks)
-    if any(errors):
-        told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text)
-        raise CheckpointError(told) from error
-
-
 def _as_pieces(tensors: Mapping[str, Tensor | Pieces]) -> dict[str, Pieces]:
     return {name: tensor if isinstance(tensor, Pieces) else whole(tensor) for name, tensor in tensors.items()}
 
 
-def verify(path: Path) -> Manifest:
-    """Reads the manifest of a committed checkpoint and compares every file with it.
+def verify(path: Path, ranks: dist.ProcessGroup | None = None) -> Manifest:
+    """Reads the manifest of a committed checkpoint and compares every file with it; of several `ranks`, all of which
+    must call this, each compares its share.
 
-    Raises CheckpointError naming the first file that is missing, truncated or damaged.
+    Raises CheckpointError on every rank, naming the first file that is missing, truncated or damaged.
     """
-    manifest = _read_manifest(path)
+    problem, manifest = "", None
+    try:
+        manifest = _read_manifest(path)
+        _compare(manifest, rank_in(ranks), 1 if ranks is None else dist.get_world_size(ranks))
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    if problems := [text for text in gathered(problem, ranks) if text]:
+        raise CheckpointError(problems[0])
+    assert manifest is not None, "no manifest and no problem"
+    return manifest
+
+
+def _compare(manifest: Manifest, share: int, shares: int) -> None:
+    """Reads every `shares`-th file of a checkpoint, from file `share` on. Raises CheckpointError."""
+    path = manifest.path
     present = {p.name for p in path.iterdir()} - {MANIFEST}
     if missing := sorted(manifest.files.keys() - present):
         raise CheckpointError(f"{path / missing[0]}: missing")
-    for name, expected in manifest.files.items():
+    for name, expected in islice(manifest.files.items(), share, None, shares):
         size = (path / name).stat().st_size
         if size != expected["bytes"]:
             raise CheckpointError(f"{path / name}: {size} bytes, the manifest says {expected['bytes']}")
         if _fingerprint(path / name)["sha256"] != expected["sha256"]:
             raise CheckpointError(f"{path / name}: its SHA-256 differs from the manifest's, the file is damaged")
-    return manifest
 
 
-def newest_verified(checkpoints: Path, report: Callable[[str], None] = lambda _: None) -> Manifest | None:
-    """The newest checkpoint whose every byte is as written, None when there is no checkpoint at all.
+def newest_verified(
+    checkpoints: Path, report: Callable[[str], None] = lambda _: None, ranks: dist.ProcessGroup | None = None
+) -> Manifest | None:
+    """The newest checkpoint whose every byte is as written, None when there is no checkpoint at all. To be called on
+    all of `ranks`; each reads its share of the files.
 
     Each damaged one on the way is told to `report`. Raises CheckpointError when there are some and none is whole.
     """
     problems = []
-    for path in committed(checkpoints):
+    for path in gathered(committed(checkpoints), ranks)[0]:  # as the first rank sees them
         try:
-            return verify(path)
-        except (CheckpointError, OSError) as error:
+            return verify(path, ranks)
+        except CheckpointError as error:
             problems.append(str(error))
             report(f"skipping a damaged checkpoint: {error}")
     if problems:

@@ -3,6 +3,7 @@
 Only click is imported here. A verb imports its room when it runs: `megapre --help` needs neither torch nor patience.
 """
 
+import contextlib
 import os
 import sys
 
@@ -55,23 +56,44 @@ for verb in (
 def main() -> None:
     """Run and exit with 0, the verb's own code, 1 for a bug, 2 for what the user can mend, or 130 for Ctrl-C."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = _run()
+    except Exception:
+        if not _among_ranks():
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if _among_ranks():  # and has not come to leaving them: its end is what tells the others, so it comes at once
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _among_ranks() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _run() -> int:
+    """The exit code, after what the user is to know has been said."""
+    try:
+        return cli.main(standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("megapre: interrupted", err=True)
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     except BrokenPipeError:  # `megapre ... | head`: nobody reads on, and the interpreter would complain at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 1
     except Exception as error:
         message = _mendable(error)
         if message is None or os.environ.get("MEGAPRE_TRACEBACK") == "1":
             raise
         click.echo(f"megapre: error: {message}", err=True)
-        sys.exit(BROKEN)
-    sys.exit(code or 0)
+        return BROKEN
 
 
 def _mendable(error: Exception) -> str | None:

@@ -13,7 +13,9 @@ Groups of one rank have no communicator, and a world of one rank has no process 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import MappingProxyType
@@ -175,7 +177,66 @@ def leave() -> None:
     threads of a gloo group end when the group is freed, and one that lives at the end of the interpreter may abort it.
     """
     if dist.is_initialized():
+        gc.collect()  # an engine refers to itself
         dist.destroy_process_group()
+
+
+@contextmanager
+def blaming_others(rank: int) -> Iterator[None]:
+    """Raises CommError where an operation with other ranks fails in the block, in the place of torch's own error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise CommError(
+            f"rank {rank}: an operation with other ranks failed. One of them has ended or hangs, and its own messages "
+            f"say why; here it is: {reason}"
+        ) from error
+
+
+@contextmanager
+def together(ranks: dist.ProcessGroup | None) -> Iterator[bool]:
+    """Whether this is the first rank. Afterwards all ranks wait for each other, and where one of them has raised an
+    OSError or a UserError, all raise: it its own error, the others a CommError with its text.
+    """
+    error: OSError | UserError | None = None
+    try:
+        yield rank_in(ranks) == 0
+    except (OSError, UserError) as raised:
+        error = raised
+    errors = gathered("" if error is None else f"{error}", ranks)
+    if error is not None:
+        raise error
+    if any(errors):
+        raise CommError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text))
+
+
+@contextmanager
+def first_alone(ranks: dist.ProcessGroup | None) -> Iterator[None]:
+    """The first rank goes through the block alone, for the others to find what it leaves there."""
+    first = rank_in(ranks) == 0
+    if not first:
+        gathered(None, ranks)
+    try:
+        yield
+    finally:
+        if first:
+            gathered(None, ranks)
+
+
+def gathered(own: Any, ranks: dist.ProcessGroup | None) -> list[Any]:
+    """What every rank has, by rank: anything that can be pickled."""
+    if ranks is None:
+        return [own]
+    parts: list[Any] = [None] * dist.get_world_size(ranks)
+    dist.all_gather_object(parts, own, group=ranks)
+    return parts
+
+
+def rank_in(ranks: dist.ProcessGroup | None) -> int:
+    return 0 if ranks is None else dist.get_rank(ranks)
 
 
 def connect(

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from .screen import Screen
 
 
-def conclude(folder: RunFolder, screen: Screen, plan: Plan, before: int) -> None:
+def conclude(folder: RunFolder, screen: Screen, plan: Plan, memory: int) -> None:
     """Prints and writes the summary, and draws loss.png where matplotlib is installed.
 
-    `before`: bytes of memory the process held before the model was built, which the plan does not count.
+    `memory`: bytes that the run took on the rank that took the most, beside what the process held before the model was
+    built, which the plan does not count.
     """
     records = read_metrics(folder.path)
     steps = [r for r in records if "loss" in r]
@@ -28,7 +29,6 @@ def conclude(folder: RunFolder, screen: Screen, plan: Plan, before: int) -> None
         return
     valid = [r["valid_loss"] for r in records if "valid_loss" in r]
     speed = median(r["tokens_per_s"] for r in steps[len(steps) // 10 :])
-    memory = max(r["memory_bytes"] for r in steps) - before
     seconds = sum(r["step_time_s"] for r in steps)
     summary = {
         "steps": steps[-1]["step"],
@@ -47,7 +47,8 @@ def conclude(folder: RunFolder, screen: Screen, plan: Plan, before: int) -> None
         f"{speed:,.0f} tok/s (median), mfu {percent_text(plan.mfu(speed))}"
     )
     screen.say(
-        f"memory beside the process itself: predicted {bytes_text(plan.memory.total)}, measured {bytes_text(memory)}"
+        f"memory beside the process itself{' on the fullest rank' if plan.mesh.world > 1 else ''}: predicted "
+        f"{bytes_text(plan.memory.total)}, measured {bytes_text(memory)}"
     )
     try:
         screen.say(f"loss curve: {loss_curve(folder.path, plan.cfg.model.vocab, plan.cfg.name)}")

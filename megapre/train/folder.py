@@ -7,13 +7,14 @@
         metrics.jsonl        one object a step, one a validation
         tokenizer.json       copy of the tokenizer (or tokenizer.model), with its tokenizer_config.json if there is one
         checkpoints/         step_00000100/ ...
-        logs/rank0.log       what was printed
+        logs/rank0.log       what was printed, and what each other rank would have: rank1.log, ...
         logs/rank0.out       all that the rank wrote to its terminal, where a launcher has started it
         tensorboard/         events
         loss.png             the loss curve (written at the end)
 
-One process owns a run folder at a time: it holds a lock on `.lock`, which the kernel frees when the process ends,
-however it ends. A new folder whose run ends before its first step is removed again.
+One process owns a run folder at a time, rank 0 of a run: it holds a lock on `.lock`, which the kernel frees when the
+process ends, however it ends. A new folder whose run ends before its first step is removed again. The other ranks see
+the same folder, and write there their logs and their parts of checkpoints.
 """
 
 from __future__ import annotations
@@ -42,17 +43,28 @@ class RunFolderError(UserError):
 
 
 class RunFolder:
-    """A run folder held for writing. Raises RunFolderError as told in the module's text."""
+    """A run folder held for writing, by rank 0; with another `rank`, the same folder in the hands of rank 0.
 
-    def __init__(self, path: Path, resume: bool) -> None:
-        self.path = path
+    Raises RunFolderError as told in the module's text.
+    """
+
+    def __init__(self, path: Path, resume: bool, rank: int = 0) -> None:
+        self.path, self.rank = path, rank
         self._lock: IO[str] | None = None
         self._resumed = resume
         self._new = False
         self.stepped = False  # set when the first step has been made: from then on the folder stays
-        self._refuse_used()
+        if self.ours:
+            self._refuse_used()
+
+    @property
+    def ours(self) -> bool:
+        """Whether this rank holds the folder, and alone writes what the run as a whole leaves there."""
+        return self.rank == 0
 
     def __enter__(self) -> Self:
+        if not self.ours:
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
@@ -93,6 +105,8 @@ class RunFolder:
         return used
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if not self.ours:
+            return
         assert self._lock is not None, "left before it was entered"
         if self._new and not self.stepped:
             self._remove()
@@ -102,7 +116,8 @@ class RunFolder:
         """All but the logs of a launcher, in which the user may look for the reason."""
         for entry in self.path.iterdir():
             if entry.name == "logs":
-                self.log.unlink(missing_ok=True)
+                for log in entry.glob("rank*.log"):
+                    log.unlink(missing_ok=True)
             elif entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
@@ -121,10 +136,12 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        return self.path / "logs" / "rank0.log"
+        return self.path / "logs" / f"rank{self.rank}.log"
 
     def begin(self, cfg: Config, plan: Any, tokenizer: Path | None) -> None:
         """Writes what a run knows before its first step: config.toml, plan.json and a copy of the tokenizer."""
+        if not self.ours:
+            return
         self._write_config(cfg)
         self.write_json("plan.json", plan)
         if tokenizer is not None:
@@ -147,7 +164,7 @@ class RunFolder:
     def cut_metrics(self, step: int) -> list[dict[str, Any]]:
         """Drops the records after `step` and a torn last line, so that no step is there twice; returns the rest."""
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-        if self.metrics.exists():
+        if self.ours and self.metrics.exists():
             write_whole(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
 

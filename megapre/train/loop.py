@@ -1,16 +1,20 @@
 """A training run from its first line to its last.
 
-`run` reads in the order in which things happen: the run folder, the device, the data, the model, where to go on from,
-what will run, the steps, the end. What each part does is in the file it comes from.
+`run` reads in the order in which things happen: the ranks, the run folder, the device, the data, the model, where to go
+on from, what will run, the steps, the end. What each part does is in the file it comes from. Every rank takes the same
+way; what is done once, rank 0 does.
 """
 
 from __future__ import annotations
 
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapre.data import build_loader
 from megapre.optim.schedules import lr_at
+from megapre.parallel.comm import blaming_others, first_alone, gathered, join, leave, place, together
 
 from . import machine
 from .end import conclude
@@ -22,52 +26,80 @@ from .report import Diverged, Report
 from .save import Progress, Saver
 from .screen import Screen
 from .settle import settle
-from .signals import EXIT_CODES, StopRequest
-from .step import Engine
+from .signals import EXIT_CODES, StopRequest, Vote
+from .stage import parameters
+from .step import Engine, connected, mesh_of
 
 if TYPE_CHECKING:
+    import torch
+
     from megapre.config import Config
     from megapre.data import Loader
+    from megapre.parallel.comm import Place
 
 
 def run(cfg: Config, resume: bool = False) -> int:
     """Trains `cfg` in the run folder `cfg.run.dir`/`cfg.name`; with `resume` goes on from its newest whole checkpoint.
 
+    This process is the only rank, or one of those that a launcher has started (megapre.parallel.comm.place), which all
+    see the same file system.
+
     Returns the exit code: 0 done, 1 diverged or not saved at the end, 75 (SIGTERM) or 130 (Ctrl-C) stopped after
     saving, or before there was anything to save. An error within the steps is raised again once the last finished step
-    is saved. Raises UserError subclasses for what the user can mend, before anything is left behind.
+    is saved; one of several ranks cannot save alone, and must end at once for the others to know. Raises UserError
+    subclasses for what the user can mend, before anything is left behind.
     """
-    folder = RunFolder(Path(cfg.run.dir) / cfg.name, resume)
-    device = machine.prepare(cfg.run)
+    here = place(os.environ)
+    mesh_of(cfg, here)
+    device = machine.prepare(cfg.run, here)
+    join(here, device)
+    with blaming_others(here.rank):
+        code = _run(cfg, resume, here, device)
+    leave()
+    return code
+
+
+def _run(cfg: Config, resume: bool, here: Place, device: torch.device) -> int:
+    folder = RunFolder(Path(cfg.run.dir) / cfg.name, resume, here.rank)
     cfg, tokenizer = settle(cfg)
-    with StopRequest() as stop, folder, Screen(folder.log) as screen:
-        plan = plan_of(cfg, device)
+    groups = connected(cfg, here, device)
+    ranks = groups.world.handle
+    with StopRequest() as stop, ExitStack() as entered:
+        with together(ranks):
+            entered.enter_context(folder)
+        screen = entered.enter_context(Screen(folder.log, prints=folder.ours))
+        plan = plan_of(cfg, device, groups.mesh, here.local_world)
         before = machine.peak_memory(device)
-        engine = Engine(cfg, device)
+        engine = Engine(cfg, device, groups)
         saver = Saver(engine, folder, screen)
         progress = saver.restore() if resume else Progress()
         first = progress.step
-        loader = build_loader(cfg, "train", consumed_samples=progress.consumed_samples)
-        valid = build_loader(cfg, "valid") if cfg.run.eval_every else None
+        dp = groups.dp
+        with first_alone(ranks):  # which writes the index files of the samples
+            loader = build_loader(cfg, "train", dp.index, dp.size, progress.consumed_samples)
+            valid = build_loader(cfg, "valid", dp.index, dp.size) if cfg.run.eval_every else None
         folder.begin(cfg, plan.as_json(), tokenizer)
         screen.say(box(plan, engine.ops.names, str(folder.path)))
+        vote = Vote(stop, here.world)
         with loader, Report(cfg, device, folder, screen, plan, progress) as report:
             try:
-                train(engine, loader, valid, progress, report, saver, stop)
+                train(engine, loader, valid, progress, report, saver, vote)
             except Diverged as error:
                 screen.say(f"megapre: stopped: {error}")
                 keep_diverged(engine, progress, saver, screen)
                 return 1
             except Exception:
-                rescue(progress, report, saver, screen)
+                rescue(progress, report, saver, screen, alone=here.world == 1)
                 raise
-        stopped = stop.signal if progress.step < cfg.run.steps else None
+        stopped = vote.signal
         if stopped is not None and progress.step == first:
             screen.say(f"stopped by {stopped.name} before a step was made")
             return EXIT_CODES[stopped]
         saved = saver.saved_step == progress.step or saver.save(progress)
         if stopped is None:
-            conclude(folder, screen, plan, before)
+            memory = max(gathered(machine.peak_memory(device) - before, ranks))
+            if folder.ours:
+                conclude(folder, screen, plan, memory)
             return 0 if saved else 1
         if saved:
             screen.say(f"stopped by {stopped.name} after step {progress.step}; go on with --resume")
@@ -81,14 +113,16 @@ def run(cfg: Config, resume: bool = False) -> int:
 
 def keep_diverged(engine: Engine, progress: Progress, saver: Saver, screen: Screen) -> None:
     """Saves the weights of a run that has diverged, if they are whole: skipped updates leave them as they were."""
-    if not all(bool(parameter.isfinite().all()) for parameter in engine.model.parameters()):
+    engine.settle()
+    finite = all(bool(parameter.isfinite().all()) for _, parameter in parameters(engine.models))
+    if not all(gathered(finite, engine.groups.world.handle)):
         screen.say("the weights themselves are not finite: not saved")
     elif saver.saved_step != progress.step:
         saver.save(progress)
 
 
-def rescue(progress: Progress, report: Report, saver: Saver, screen: Screen) -> None:
-    """Writes out and saves what the finished steps of a run have made before an error ends it.
+def rescue(progress: Progress, report: Report, saver: Saver, screen: Screen, alone: bool) -> None:
+    """Writes out and, on the only rank, saves what the finished steps of a run have made before an error ends it.
 
     What fails here as well, as after a device error, is told and does not hide the first error.
     """
@@ -96,11 +130,15 @@ def rescue(progress: Progress, report: Report, saver: Saver, screen: Screen) -> 
         report.flush()
     except Exception as error:
         screen.say(f"the last steps could not be reported: {error}")
-    try:
-        if progress.step > (saver.saved_step or 0):
+    unsaved = progress.step > (saver.saved_step or 0)
+    if unsaved and not alone:
+        last = "begins anew" if saver.saved_step is None else f"goes back to step {saver.saved_step}"
+        screen.say(f"step {progress.step} is not saved, which all ranks would have to do: --resume {last}")
+    elif unsaved:
+        try:
             saver.save(progress)
-    except Exception as error:
-        screen.say(f"step {progress.step} could not be saved: {error}")
+        except Exception as error:
+            screen.say(f"step {progress.step} could not be saved: {error}")
 
 
 def train(
@@ -110,16 +148,18 @@ def train(
     progress: Progress,
     report: Report,
     saver: Saver,
-    stop: StopRequest,
+    vote: Vote,
 ) -> None:
-    """Steps until the last one or until asked to stop. `progress` is always that of the last finished step."""
+    """Steps until the last one or until the ranks stop. `progress` is always that of the last finished step."""
     cfg, device = engine.cfg, engine.device
     first = progress.step + 1
-    while progress.step < cfg.run.steps and stop.signal is None:
+    stops = None
+    while progress.step < cfg.run.steps and not vote.passed(stops):
         begin = machine.now(device)
         batch = next(loader)
         lr = lr_at(progress.step + 1, cfg.optim, cfg.run.steps)
-        result = engine.step(batch, lr)
+        result = engine.step(batch, lr, stop=vote.asked)
+        stops = result.stops
         progress.step += 1
         progress.consumed_samples += batch.samples
         report.add(Timed(progress.step, lr, result, begin, machine.now(device)))

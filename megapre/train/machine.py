@@ -18,6 +18,7 @@ from . import cpu_runtime
 
 if TYPE_CHECKING:
     from megapre.config import Run
+    from megapre.parallel.comm import Place
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -26,8 +27,10 @@ class DeviceError(UserError):
     """The asked-for device is not there."""
 
 
-def prepare(run: Run) -> torch.device:
-    """Chooses the device and applies threads, keep_memory, deterministic and seed of `run`. Raises DeviceError."""
+def prepare(run: Run, here: Place | None = None) -> torch.device:
+    """Chooses the device and applies threads, keep_memory, deterministic and seed of `run`. A rank takes the device of
+    its number on the machine. Raises DeviceError.
+    """
     if run.device == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
             f"run.device = cuda, but torch {torch.__version__} sees no CUDA device; set run.device=cpu or auto"
@@ -42,6 +45,13 @@ def prepare(run: Run) -> torch.device:
         if run.keep_memory:
             cpu_runtime.keep_freed_memory()
         return torch.device("cpu")
+    if here is not None and here.world > 1:
+        if here.local_rank >= torch.cuda.device_count():
+            raise DeviceError(
+                f"rank {here.rank} is number {here.local_rank} of {here.local_world} ranks on its machine, but torch "
+                f"sees {torch.cuda.device_count()} CUDA devices; start no more ranks there, or set run.device=cpu"
+            )
+        torch.cuda.set_device(here.local_rank)
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -4,8 +4,8 @@ Values of a step stay on the device until a step logs; then all that have gather
 metrics.jsonl gets one object for every one of them:
 
     step, consumed_samples, consumed_tokens, loss (nats a token), grad_norm (before clipping), lr, step_time_s,
-    tokens_per_s, mfu (fraction, or null where the device's peak is unknown), memory_bytes (peak), skipped_steps (so
-    far), and in fp16 loss_scale (that the step ran with)
+    tokens_per_s (of all ranks together), mfu (fraction, or null where the device's peak is unknown), memory_bytes (peak
+    of rank 0), skipped_steps (so far), and in fp16 loss_scale (that the step ran with)
 
 loss and grad_norm are null where they were not finite: JSON has no NaN. A validation writes an object of its own: step,
 consumed_samples, consumed_tokens, valid_loss, valid_tokens.
@@ -92,8 +92,9 @@ class Meter:
         """Records of all waiting steps; `consumed_samples` is the count after the last one. Waits for the device."""
         if not self.waiting:
             return []
-        known = [[value for value in timed.result if value is not None] for timed in self.waiting]
-        values = torch.stack([torch.stack(tensors) for tensors in known]).tolist()
+        results = [timed.result for timed in self.waiting]
+        told = [(r.loss, r.grad_norm, r.skipped, *(() if r.loss_scale is None else (r.loss_scale,))) for r in results]
+        values = torch.stack([torch.stack(tensors) for tensors in told]).tolist()
         memory = machine.peak_memory(self.device)
         records = []
         for back, (timed, (loss, norm, skipped, *scale)) in enumerate(zip(self.waiting, values, strict=True)):
@@ -125,9 +126,9 @@ class Meter:
 class StepLine:
     """Writes records as lines. Knows the last losses and step times, for the z-score and the ETA."""
 
-    def __init__(self, steps: int, device: torch.device, earlier_losses: Iterable[float] = ()) -> None:
+    def __init__(self, steps: int, device: torch.device, world: int, earlier_losses: Iterable[float] = ()) -> None:
         self.steps = steps
-        self.per_device = "tok/s/gpu" if device.type == "cuda" else "tok/s"
+        self.sharers, self.rate = (world, "tok/s/gpu") if device.type == "cuda" else (1, "tok/s")
         self.losses = deque(earlier_losses, maxlen=WINDOW)
         self.times: deque[float] = deque(maxlen=WINDOW)
 
@@ -147,7 +148,7 @@ class StepLine:
                 *([] if record.loss_scale is None else [f"scale {record.loss_scale:.10g}"]),
                 f"lr {_rate(record.lr)}",
                 f"{_milliseconds(record.step_time_s)}",
-                f"{_short(record.tokens_per_s)} {self.per_device}",
+                f"{_short(record.tokens_per_s / self.sharers)} {self.rate}",
                 f"mfu {percent_text(record.mfu)}",
                 f"mem {bytes_text(record.memory_bytes)}",
                 f"eta {duration_text(left)}",
@@ -164,9 +165,13 @@ class StepLine:
 class Journal:
     """metrics.jsonl and TensorBoard. TensorBoard is imported at the first event, after the first step line is out."""
 
-    def __init__(self, metrics: Path, tensorboard: Path | None, warn: Callable[[str], None], purge_step: int) -> None:
-        """`tensorboard`: folder for events, or None. Events there from `purge_step` on are void (a resumed run)."""
-        self.file: IO[str] = metrics.open("a", encoding="utf-8")
+    def __init__(
+        self, metrics: Path | None, tensorboard: Path | None, warn: Callable[[str], None], purge_step: int
+    ) -> None:
+        """`metrics`: the file, None where another rank writes it. `tensorboard`: folder for events, or None. Events
+        there from `purge_step` on are void (a resumed run).
+        """
+        self.file: IO[str] | None = None if metrics is None else metrics.open("a", encoding="utf-8")
         self.tensorboard, self.warn, self.purge_step = tensorboard, warn, purge_step
         self.events: Any = None
         self.warned = False
@@ -174,8 +179,9 @@ class Journal:
     def write(self, record: dict[str, Any]) -> None:
         """Writes one object. A failure is reported once, not raised: the run is worth more than its record."""
         try:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+            if self.file is not None:
+                self.file.write(json.dumps(record) + "\n")
+                self.file.flush()
             self._write_events(record)
         except OSError as error:
             self._warn_once(error)
@@ -191,7 +197,8 @@ class Journal:
     def _warn_once(self, error: OSError) -> None:
         if not self.warned:
             self.warned = True
-            self.warn(f"megapre: {self.file.name} cannot be written, training goes on: {error}")
+            name = "events" if self.file is None else self.file.name
+            self.warn(f"megapre: {name} cannot be written, training goes on: {error}")
 
     def _write_events(self, record: dict[str, Any]) -> None:
         if self.tensorboard is not None and self.events is None:

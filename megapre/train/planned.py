@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from megapre import kernels, plan
 from megapre.errors import UserError
-from megapre.mesh import Mesh
 from megapre.optim.scaling import INITIAL
 
 from . import machine
@@ -16,24 +15,31 @@ if TYPE_CHECKING:
     import torch
 
     from megapre.config import Config
+    from megapre.mesh import Mesh
 
 
 class TooLarge(UserError):
     """The model's weights and optimizer alone exceed the memory of the device."""
 
 
-def plan_of(cfg: Config, device: torch.device) -> plan.Plan:
-    """The prediction for one rank on `device`. Raises TooLarge where not even the parameters' state would fit."""
+def plan_of(cfg: Config, device: torch.device, mesh: Mesh, sharers: int = 1) -> plan.Plan:
+    """The prediction for the ranks of `mesh` on devices like `device`; on a CPU, `sharers` ranks have its memory.
+
+    Raises TooLarge where not even the parameters' state would fit.
+    """
     ops = kernels.choose(device.type, cfg.kernels, machine.DTYPES[cfg.run.dtype])
     fused_loss = ops.names["cross_entropy"] != "reference"
-    found = plan.predict(cfg, Mesh(1), device.type, machine.describe(device), fused_loss)
+    found = plan.predict(cfg, mesh, device.type, machine.describe(device), fused_loss)
     memory = found.memory
     state = memory.weights + memory.gradients + memory.master + memory.moments
     room = machine.memory_size(device)
-    if state > room:
+    needed = state * (sharers if device.type == "cpu" else 1)
+    if needed > room:
+        where = f"of the fullest rank, {sharers} such ranks to a machine," if mesh.world > 1 else "alone"
+        more = ", or more ranks (layout.tp, layout.pp)" if mesh.world > 1 or device.type == "cuda" else ""
         raise TooLarge(
             f"model: {sum(found.parameters):,} parameters take {bytes_text(state)} for weights, gradients, master "
-            f"weights and moments alone, but {found.device} has {bytes_text(room)}; choose a smaller model"
+            f"weights and moments {where} but {found.device} has {bytes_text(room)}; choose a smaller model{more}"
         )
     return found
 

@@ -31,7 +31,8 @@ class Diverged(RuntimeError):
 
 class Report:
     """Collects timed steps and writes them out: to the journal at least every SKIPS_IN_ROW steps, so that divergence
-    is seen soon however rarely the run logs, to the screen when asked to.
+    is seen soon however rarely the run logs, to the screen when asked to. Of several ranks each has one, and all see
+    the same losses, so that all stop a diverged run at the same step; rank 0 keeps the journal.
     """
 
     def __init__(
@@ -46,9 +47,14 @@ class Report:
         self.cfg, self.folder, self.screen, self.progress = cfg, folder, screen, progress
         self.meter = Meter(device, cfg.batch.global_, cfg.batch.seq_length, plan.mfu, progress.skipped_steps)
         earlier = [r["loss"] for r in read_metrics(folder.path) if r.get("loss") is not None]
-        self.line = StepLine(cfg.run.steps, device, earlier)
-        events = folder.path / "tensorboard" if cfg.run.tensorboard else None
-        self.journal = Journal(folder.metrics, events, screen.say, purge_step=progress.step + 1)
+        self.line = StepLine(cfg.run.steps, device, plan.mesh.world, earlier)
+        metrics, events = folder.metrics, folder.path / "tensorboard"
+        self.journal = Journal(
+            metrics if folder.ours else None,
+            events if folder.ours and cfg.run.tensorboard else None,
+            screen.say,
+            purge_step=progress.step + 1,
+        )
         self.newest = ""  # line of the newest step that the journal has and the screen does not
         self.updated = progress.step  # the last step that changed the weights
         self.skips_in_row = 0

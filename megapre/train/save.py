@@ -48,7 +48,9 @@ class Saver:
         self.saved_step: int | None = None
 
     def save(self, progress: Progress) -> bool:
-        """Commits a checkpoint and removes the oldest beyond `checkpoint.keep`. A failure is reported, not raised."""
+        """Commits a checkpoint and removes the oldest beyond `checkpoint.keep`; for all ranks to call. A failure is
+        reported, not raised.
+        """
         begin = time.perf_counter()
         engine, cfg = self.engine, self.engine.cfg
         engine.settle()
@@ -60,6 +62,8 @@ class Saver:
             self.screen.say(f"checkpoint failed, training goes on: {error}")
             return False
         self.saved_step = progress.step
+        if not self.folder.ours:
+            return True
         try:
             removed = checkpoint.retain(self.folder.checkpoints, cfg.checkpoint.keep, whole=path)
         except OSError as error:
@@ -75,7 +79,7 @@ class Saver:
         return training_tensors(engine.cfg.model, engine.flat, engine.optimizer, engine.loss_scale, engine.groups)
 
     def restore(self) -> Progress:
-        """Loads the newest whole checkpoint into the engine and cuts metrics.jsonl back to it.
+        """Loads the newest whole checkpoint into the engine and cuts metrics.jsonl back to it; for all ranks to call.
 
         A run without any checkpoint begins at its first step. Raises ResumeError where the config now describes another
         model, or data or steps with which the samples would be others or come in another order, and
@@ -83,7 +87,8 @@ class Saver:
         """
         engine = self.engine
         self._compare_configs(engine.cfg)
-        manifest = checkpoint.newest_verified(self.folder.checkpoints, self.screen.say)
+        ranks = engine.groups.world.handle
+        manifest = checkpoint.newest_verified(self.folder.checkpoints, self.screen.say, ranks)
         if manifest is None:
             self.screen.say(f"{self.folder.path} holds no checkpoint yet: beginning at step 1")
             self.folder.cut_metrics(0)

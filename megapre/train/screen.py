@@ -14,16 +14,17 @@ if TYPE_CHECKING:
 
 
 class Screen:
-    """Prints to standard output and appends to `log`. On a terminal a bar shows how far the run is.
+    """Prints to standard output, unless `prints` is False, and appends to `log`. On a terminal a bar shows how far the
+    run is.
 
     Nothing that is said can end a run: where one of the two cannot be written any more, the other goes on.
     """
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, prints: bool = True) -> None:
         self._log: IO[str] = log.open("a", encoding="utf-8")
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._prints = self._logs = True
+        self._prints, self._logs = prints, True
 
     def __enter__(self) -> Self:
         return self
@@ -35,7 +36,7 @@ class Screen:
 
     def begin(self, done: int, steps: int) -> None:
         """Shows the bar, if there is a terminal to show it on."""
-        if not sys.stdout.isatty():
+        if not self._prints or not sys.stdout.isatty():
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

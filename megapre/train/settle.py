@@ -1,29 +1,22 @@
-"""Settles what a config leaves to its data, and refuses what this trainer cannot run."""
+"""Settles what a config leaves to its data."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapre.data import DataError, IndexedDataset, read_sidecar, sidecar_of, tokenizer_path
-from megapre.errors import UserError
 
 if TYPE_CHECKING:
     from megapre.config import Config
 
 
-class LayoutError(UserError):
-    """The layout asks for more ranks than this trainer runs."""
-
-
 def settle(cfg: Config) -> tuple[Config, Path | None]:
     """The config with its vocabulary known, and the file of the tokenizer (None where nothing names one).
 
-    The vocabulary is that of the data's sidecars. Raises LayoutError, and DataError where data and model do not fit.
+    The vocabulary is that of the data's sidecars. Raises DataError where data and model do not fit.
     """
-    refuse_layout(cfg)
     prefixes = data_prefixes(cfg)
     if not prefixes:
         raise DataError(
@@ -65,19 +58,6 @@ def _named_tokenizer(prefix: str) -> Path | None:
             f"{sidecar.tokenizer_sha256[:12]}); put the right one there or name it as data.tokenizer"
         )
     return path
-
-
-def refuse_layout(cfg: Config) -> None:
-    """This trainer is one rank. Raises LayoutError for a layout or a launcher that means more."""
-    layout = cfg.layout
-    sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "dp": layout.dp or 1}
-    above = ", ".join(f"{axis} = {size}" for axis, size in sizes.items() if size > 1)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if above or world > 1:
-        what = f"layout: {above}" if above else f"WORLD_SIZE = {world} (set by a launcher)"
-        raise LayoutError(
-            f"{what}: `megapre train` runs one rank; set tp, pp, vpp, cp and dp to 1 and start one process"
-        )
 
 
 def data_prefixes(cfg: Config) -> list[str]:

@@ -3,6 +3,10 @@
 first Ctrl-C (SIGINT)            finish the step, save, exit 130
 first SIGTERM or SIGUSR2         finish the step, save, exit 75: "requeue me" (sysexits.h EX_TEMPFAIL)
 a second of any of them          the process ends at once; nothing half-written counts as a checkpoint
+
+Of several ranks some may be asked and others not, or in the middle of another step. So a rank says with each step
+whether it has been asked, in the collective that sums up the loss, and all of them stop after the step that follows the
+first in which one did. By then its sum is there: nobody waits for it.
 """
 
 from __future__ import annotations
@@ -11,7 +15,10 @@ import contextlib
 import os
 import signal
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR2: 75}
 
@@ -39,3 +46,30 @@ class StopRequest:
         message = f"\nmegapre: {self.signal.name}: finishing the step and saving; once more to stop at once\n"
         with contextlib.suppress(OSError):  # a closed stderr must not turn the request into a crash
             os.write(2, message.encode())
+
+
+class Vote:
+    """What the ranks together make of their stop requests, of which `request` is this one's."""
+
+    def __init__(self, request: StopRequest, world: int) -> None:
+        self.request, self.world = request, world
+        self.signal: signal.Signals | None = None
+        self._before: Tensor | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.request.signal is not None
+
+    def passed(self, stops: Tensor | None = None) -> bool:
+        """Whether to stop now, the same on all ranks. `stops`: how many of them were asked before the step just made.
+
+        Afterwards `signal` is that of this rank, and SIGTERM on one that was not asked.
+        """
+        if self.world == 1:
+            self.signal = self.request.signal
+            return self.asked
+        before, self._before = self._before, stops
+        if before is None or not before:  # waits for the step before the last, which a device has behind it
+            return False
+        self.signal = self.request.signal or signal.SIGTERM
+        return True

@@ -40,22 +40,37 @@ class StepResult(NamedTuple):
     """0-dim fp32 tensors on the device. `skipped` is 1 where loss or norm was not finite and nothing was updated.
 
     Loss and norm are those of the loss itself, whatever `loss_scale` its backward ran with; that is None but in fp16.
+    `stops`: the number of ranks that were asked to stop before this step.
     """
 
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
+    stops: Tensor
     loss_scale: Tensor | None = None
 
 
-def connected(cfg: Config, here: Place, device: torch.device) -> Groups:
-    """The groups that `cfg`'s layout needs, among `here.world` ranks. Raises MeshError and CommError."""
-    layout, model = cfg.layout, cfg.model
+def mesh_of(cfg: Config, here: Place) -> Mesh:
+    """The ranks of a run, cut as the layout asks. Raises MeshError, and ConfigError where the batch cannot be cut."""
+    layout = cfg.layout
     if layout.cp > 1:
         raise MeshError(f"layout: cp = {layout.cp}: no attention here reads keys of another rank; set layout.cp to 1")
+    try:
+        mesh = Mesh.of(layout, here.world)
+    except MeshError as error:
+        if here.world > 1:
+            raise
+        raise MeshError(f"{error}; several ranks are started by `megapre launch local` or torchrun") from None
+    cfg.batch.micro_batches(mesh.dp)
+    return mesh
+
+
+def connected(cfg: Config, here: Place, device: torch.device) -> Groups:
+    """The groups that `cfg`'s layout needs, among `here.world` ranks. Raises MeshError, ConfigError and CommError."""
+    layout, model = cfg.layout, cfg.model
     v = BUILDERS[layout.schedule].placement == "v"
     return connect(
-        Mesh(here.world, layout.tp, layout.pp, layout.cp),
+        mesh_of(cfg, here),
         here.rank,
         device,
         embedding=model.tied and not v,
@@ -105,10 +120,11 @@ class Engine:
         assert self.groups.mesh.world == self.groups.dp.size and len(self.models) == 1, "the model is in pieces"
         return self.models[0]
 
-    def step(self, batch: GlobalBatch, lr: float, trace: Trace | None = None) -> StepResult:
+    def step(self, batch: GlobalBatch, lr: float, trace: Trace | None = None, stop: bool = False) -> StepResult:
         """Forward and backward of every micro-batch of `batch`, this rank's share, then one update at rate `lr`.
 
-        The result is the same on every rank. Raises DataError for a token outside the vocabulary, and PipelineError.
+        `stop`: this rank has been asked to stop, which the result tells all of them. The result is the same on every
+        rank. Raises DataError for a token outside the vocabulary, and PipelineError.
         """
         exchange = self.flat.exchange
         self.feed.take(batch, self._valid_tokens(batch))
@@ -118,7 +134,8 @@ class Engine:
         self.executor.run(trace)
         self.flat.finish_step()
         counted = self.flat.counted()
-        loss, norm = self._over_all_ranks(self.feed.total, self.ops.grad_norm(counted) if counted else None)
+        norm = self.ops.grad_norm(counted) if counted else torch.zeros_like(self.feed.total)
+        loss, norm, stops = self._over_all_ranks(self.feed.total, norm, float(stop))
         scale = None if self.loss_scale is None else self.loss_scale.scale.clone()
         norm = norm if scale is None else norm / scale
         skipped = not_finite(loss, norm)
@@ -130,14 +147,14 @@ class Engine:
             self.loss_scale.update(skipped)
         if exchange is not None:
             exchange.gather()
-        return StepResult(loss, norm, skipped, scale)
+        return StepResult(loss, norm, skipped, stops, scale)
 
     def evaluate(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
         """The summed loss of `batch` and its tokens with a loss, over the shares of all ranks; the same on each."""
         self.settle()
         self.feed.take(batch, 1.0)
         self.evaluator.run()
-        loss, _ = self._over_all_ranks(self.feed.total, None)
+        loss, *_ = self._over_all_ranks(self.feed.total, torch.zeros_like(self.feed.total))
         return loss, torch.as_tensor(self._valid_tokens(batch), device=self.device)
 
     def settle(self) -> None:
@@ -154,16 +171,18 @@ class Engine:
         dist.all_reduce(tokens, group=replicas.handle)
         return tokens
 
-    def _over_all_ranks(self, loss: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The sum of the replicas' losses, and the norm of all gradients from those of the ranks, in one collective.
+    def _over_all_ranks(self, loss: Tensor, norm: Tensor, stop: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of the replicas' losses, the norm of all gradients from those of the ranks, and the sum of `stop`, in
+        one collective.
 
         Ranks of one tensor-parallel group have the same loss; only those with the last stage have one.
         """
-        norm = torch.zeros_like(loss) if norm is None else norm
-        if self.groups.world.size == 1:
-            return loss.clone(), norm
-        self.executor.settle()
         told = self.models[-1].piece.last and self.groups.tp.index == 0
-        pair = torch.stack([loss.double() if told else torch.zeros_like(loss, dtype=torch.float64), norm.double() ** 2])
-        dist.all_reduce(pair, group=self.groups.world.handle)
-        return pair[0].float(), pair[1].sqrt().float()
+        stops = torch.full_like(loss, stop)
+        if self.groups.world.size == 1:
+            return loss.clone(), norm, stops
+        self.executor.settle()
+        sums = torch.stack([loss if told else torch.zeros_like(loss), norm, stops]).double()
+        sums[1] **= 2
+        dist.all_reduce(sums, group=self.groups.world.handle)
+        return sums[0].float(), sums[1].sqrt().float(), sums[2].float()

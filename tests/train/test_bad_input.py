@@ -37,9 +37,9 @@ def recipe(tiny: Tiny, tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["layout.tp=2"], "layout: tp = 2: `megapre train` runs one rank"),
-        (["layout.dp=4", "batch.global=8"], "layout: dp = 4"),
-        (["layout.pp=2"], "layout: pp = 2"),
+        (["layout.tp=2"], "a world of 1 ranks cannot be cut into replicas of tp*pp*cp = 2*1*1 = 2 ranks"),
+        (["layout.pp=2"], "several ranks are started by `megapre launch local` or torchrun"),
+        (["layout.dp=4", "batch.global=8"], "= 4 ranks, but there are 1; nearest: 4 ranks, dp 1"),
         (["model.vocab=100"], "model.vocab = 100 is smaller than the vocabulary of"),
         (["model.heads=5", "model.head_dim=0"], "64 % 5"),
         (["model.hidden=1000000", "model.ffn=4000000", "model.layers=1000"], "weights, gradients, master weights"),
@@ -65,12 +65,14 @@ def test_is_refused_with_a_message(
     assert not (tmp_path / "run").exists(), "something was left behind"
 
 
-def test_a_launcher_that_means_several_ranks(
-    megapre: Command, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_a_launcher(megapre: Command, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     code, err = megapre("train", recipe)
-    assert code == 2 and "WORLD_SIZE = 8" in err and not (tmp_path / "run").exists()
+    assert (
+        code == 2
+        and "WORLD_SIZE is set, but not RANK, LOCAL_RANK, LOCAL_WORLD_SIZE" in err
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_another_tokenizer(megapre: Command, recipe: str, corpus: Path, tmp_path: Path) -> None:

@@ -48,12 +48,12 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, what: Callable[[], None]
     """Calls `what` within the at-th step of the next run."""
     step, count = Engine.step, 0
 
-    def counting(self: Engine, *args: object) -> StepResult:
+    def counting(self: Engine, *args: object, **options: object) -> StepResult:
         nonlocal count
         count += 1
         if count == at:
             what()
-        return step(self, *args)  # type: ignore[arg-type]
+        return step(self, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Engine, "step", counting)
 
@@ -180,13 +180,13 @@ def test_log_every_prints_less_and_records_everything(
 def poison(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
     step, count = Engine.step, 0
 
-    def poisoned(self: Engine, *args: object) -> StepResult:
+    def poisoned(self: Engine, *args: object, **options: object) -> StepResult:
         nonlocal count
         count += 1
         loss = self.stages[0].run
         if count in steps:
             self.stages[0].run = lambda *inputs: loss(*inputs[:-1]) * math.nan  # without the promised upstream gradient
-        result = step(self, *args)  # type: ignore[arg-type]
+        result = step(self, *args, **options)  # type: ignore[arg-type]
         self.stages[0].run = loss
         return result
 

@@ -20,16 +20,16 @@ def record(step: int, loss: float, **changes: object) -> Record:
 
 
 def test_the_line_has_the_shape_that_was_promised() -> None:
-    line = StepLine(10000, CPU, [5.0, 4.9] * 40)
+    line = StepLine(10000, CPU, 1, [5.0, 4.9] * 40)
     assert line.see(record(120, 4.9349)) == (
         "step   120/10000 | loss 4.9349 (-0.3z) | gnorm 0.91 | lr 3.0e-4 | 412 ms | 79.5k tok/s | mfu 46.2% "
         "| mem 61.4G | eta 1h08m"
     )
-    assert "tok/s/gpu" in StepLine(10, torch.device("cuda", 0)).see(record(1, 1.0))
+    assert "tok/s/gpu" in StepLine(10, torch.device("cuda", 0), 1).see(record(1, 1.0))
 
 
 def test_unknown_mfu_is_not_guessed_and_a_short_window_gives_no_z() -> None:
-    line = StepLine(100, CPU, [5.0, 4.0] * (ENOUGH // 2 - 1))
+    line = StepLine(100, CPU, 1, [5.0, 4.0] * (ENOUGH // 2 - 1))
     text = line.see(record(15, 4.5, mfu=None))
     assert "mfu n/a" in text and "z)" not in text
     line.see(record(16, 4.5))
@@ -37,7 +37,7 @@ def test_unknown_mfu_is_not_guessed_and_a_short_window_gives_no_z() -> None:
 
 
 def test_the_window_forgets_and_passes_over_nan() -> None:
-    line = StepLine(1000, CPU, [100.0] * 500)
+    line = StepLine(1000, CPU, 1, [100.0] * 500)
     for step in range(128):
         line.see(record(step, [2.0, 4.0][step % 2]))
     assert "loss nan" in line.see(record(128, math.nan))
@@ -45,7 +45,7 @@ def test_the_window_forgets_and_passes_over_nan() -> None:
 
 
 def test_the_eta_is_not_led_astray_by_a_slow_first_step() -> None:
-    line = StepLine(102, CPU)
+    line = StepLine(102, CPU, 1)
     for step in range(1, 5):
         text = line.see(record(step, 1.0, step_time_s=60.0 if step == 1 else 1.0))
     assert text.endswith("eta 1m38s")
@@ -54,7 +54,7 @@ def test_the_eta_is_not_led_astray_by_a_slow_first_step() -> None:
 def test_records_count_samples_back_from_the_last_step() -> None:
     meter = Meter(CPU, sequences_per_step=8, seq_length=64, mfu=lambda speed: speed / 1e6, skipped_steps=2)
     for step, skipped in ((7, 0.0), (8, 1.0), (9, 0.0)):
-        values = (torch.tensor(step / 2), torch.tensor(1.5), torch.tensor(skipped))
+        values = (torch.tensor(step / 2), torch.tensor(1.5), torch.tensor(skipped), torch.tensor(0.0))
         meter.add(Timed(step, 1e-3, StepResult(*values), begin=10.0, end=10.5))
     first, second, third = meter.collect(consumed_samples=72)
     assert [r.consumed_samples for r in (first, second, third)] == [56, 64, 72]

@@ -167,11 +167,11 @@ def test_resume_is_bitwise(
 ) -> None:
     step = Engine.step
 
-    def overflowing(self: Engine, *args: object) -> StepResult:
+    def overflowing(self: Engine, *args: object, **options: object) -> StepResult:
         undo = overflow(self) if self.loss_scale is not None and self.optimizer.updates == 4 else None
         if self.loss_scale is not None and self.loss_scale.scale < 2**17:
             undo = undo() if undo is not None else None
-        result = step(self, *args)  # type: ignore[arg-type]
+        result = step(self, *args, **options)  # type: ignore[arg-type]
         if undo is not None:
             undo()
         return result
@@ -199,9 +199,9 @@ def test_overflows_do_not_end_a_run_but_lost_losses_and_an_exhausted_scale_do(
 ) -> None:
     step = Engine.step
 
-    def overflowing(self: Engine, *args: object) -> StepResult:
+    def overflowing(self: Engine, *args: object, **options: object) -> StepResult:
         undo = overflow(self)
-        result = step(self, *args)  # type: ignore[arg-type]
+        result = step(self, *args, **options)  # type: ignore[arg-type]
         undo()
         return result
 

@@ -40,12 +40,12 @@ def at_step(monkeypatch: pytest.MonkeyPatch, number: int, what: Callable[[Engine
     """Calls `what` at the beginning of the number-th step of the next run."""
     step, count = Engine.step, 0
 
-    def counting(self: Engine, *args: object) -> StepResult:
+    def counting(self: Engine, *args: object, **options: object) -> StepResult:
         nonlocal count
         count += 1
         if count == number:
             what(self)
-        return step(self, *args)  # type: ignore[arg-type]
+        return step(self, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Engine, "step", counting)
 

@@ -1,0 +1,173 @@
+"""A run on several ranks: the same run as on one, in one folder, stopped and resumed together."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankError, RunOn
+
+from megapre import checkpoint
+from megapre.checkpoint.commit import committed
+from megapre.config import Config
+from megapre.parallel.comm import Place
+from megapre.train import bench, loop
+from megapre.train.folder import read_metrics
+from megapre.train.step import Engine, StepResult
+
+Tiny = Callable[..., Config]
+CPU = torch.device("cpu")
+
+
+def here() -> Place:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return Place(rank, world, rank, world)
+
+
+def train(cfg: Config, resume: bool = False) -> int:
+    """What `loop.run` does once the ranks have joined."""
+    return loop._run(cfg, resume, here(), CPU)
+
+
+def curve(run: Path) -> list[tuple[int, float, float]]:
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(run) if "loss" in r]
+
+
+def same(curve: list[tuple[int, float, float]], other: list[tuple[int, float, float]]) -> bool:
+    return [step for step, *_ in curve] == [step for step, *_ in other] and all(
+        a == pytest.approx(b, rel=1e-5) for a, b in zip(curve, other, strict=True)
+    )
+
+
+@pytest.fixture
+def alone(tiny: Tiny, tmp_path: Path) -> list[tuple[int, float, float]]:
+    """The curve of the same run on one rank."""
+    assert loop.run(tiny("name=alone", "run.eval_every=6", "run.eval_batches=1")) == 0
+    return curve(tmp_path / "alone")
+
+
+EVAL = ("run.eval_every=6", "run.eval_batches=1")
+
+
+def test_eight_ranks_train_as_one_does(
+    run_on: RunOn, tiny: Tiny, tmp_path: Path, alone: list[tuple[int, float, float]]
+) -> None:
+    cfg = tiny("layout.tp=2", "layout.pp=2", "layout.dp=2", "batch.micro=1", *EVAL)
+    assert run_on(8, train, cfg) == [0] * 8
+    run = tmp_path / "run"
+    assert same(curve(run), alone)
+    valid = [[r["valid_loss"] for r in read_metrics(tmp_path / name) if "valid_loss" in r] for name in ("run", "alone")]
+    assert valid[0] == pytest.approx(valid[1], rel=1e-5) and len(valid[0]) == 2
+    assert {log.name for log in (run / "logs").iterdir()} == {f"rank{rank}.log" for rank in range(8)}
+    logs = [(run / "logs" / f"rank{rank}.log").read_text() for rank in range(8)]
+    assert all(log.count("\nstep ") == 12 for log in logs)  # each with its own time and memory
+    assert "8 ranks = pp 2 x dp 2 x cp 1 x tp 2" in logs[0]
+    assert {path.name for path in run.iterdir()} >= {"config.toml", "plan.json", "summary.json", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [(("layout.tp=2", "layout.pp=2"), 4), (("layout.dp=2",), 2)])
+def test_a_run_goes_on_under_another_layout(
+    run_on: RunOn,
+    tiny: Tiny,
+    tmp_path: Path,
+    alone: list[tuple[int, float, float]],
+    layout: tuple[str, ...],
+    ranks: int,
+) -> None:
+    half = ("checkpoint.every=5", "batch.micro=1", "checkpoint.keep=9")
+    assert run_on(2, stopped_after, 7, tiny("layout.pp=2", *half)) == [75, 75]
+    assert committed(tmp_path / "run" / "checkpoints")[0].name == "step_00000007"
+    assert run_on(ranks, train, tiny(*layout, *half), True) == [0] * ranks
+    assert same(curve(tmp_path / "run"), alone)
+
+
+def stopped_after(last: int, cfg: Config, asked: int = 1) -> int:
+    """Trains; rank `asked` alone gets SIGTERM, such that the vote stops all after step `last`."""
+    step, count = Engine.step, 0
+
+    def counting(self: Engine, *args: Any, **options: Any) -> StepResult:
+        nonlocal count
+        count += 1
+        result = step(self, *args, **options)
+        if count == last - 2 and dist.get_rank() == asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "step", counting)
+        return train(cfg)
+
+
+def test_one_rank_that_is_asked_stops_all_after_the_same_step(run_on: RunOn, tiny: Tiny, tmp_path: Path) -> None:
+    assert run_on(4, stopped_after, 6, tiny("layout.dp=2", "layout.tp=2", "batch.micro=1"), 3) == [75] * 4
+    assert len(curve(tmp_path / "run")) == 6
+    manifest = checkpoint.newest_verified(tmp_path / "run" / "checkpoints")
+    assert manifest is not None and manifest.step == 6
+
+
+def diverging(cfg: Config) -> int:
+    """Trains; from step 4 on a gradient of the last rank is not finite."""
+    finish, count = Engine.step, 0
+
+    def spoiled(self: Engine, *args: Any, **options: Any) -> StepResult:
+        nonlocal count
+        count += 1
+        if count >= 4 and dist.get_rank() == dist.get_world_size() - 1:
+            self.feed.per_token = torch.full((), float("nan"))
+        return finish(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "step", spoiled)
+        patch.setattr("megapre.train.stage.torch.reciprocal", lambda *_, **__: None)
+        return train(cfg)
+
+
+def test_ranks_agree_that_a_run_has_diverged(run_on: RunOn, tiny: Tiny, tmp_path: Path) -> None:
+    assert run_on(2, diverging, tiny("layout.dp=2", "batch.micro=1")) == [1, 1]
+    log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
+    assert "5 steps in a row, 4 to 8" in log
+    manifest = checkpoint.newest_verified(tmp_path / "run" / "checkpoints")
+    assert manifest is not None and manifest.step == 8
+
+
+def test_a_used_folder_is_refused_on_every_rank(run_on: RunOn, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").touch()
+    with pytest.raises(RankError, match="exists already; continue that run with --resume"):
+        run_on(2, train, tiny("layout.dp=2", "batch.micro=1"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
+
+
+def damaged(cfg: Config) -> list[str]:
+    """What each rank is told while the newest checkpoint is looked for."""
+    told: list[str] = []
+    manifest = checkpoint.newest_verified(Path(cfg.run.dir) / "run" / "checkpoints", told.append, dist.group.WORLD)
+    return [*told, "none" if manifest is None else str(manifest.step)]
+
+
+def test_all_ranks_pass_over_a_damaged_checkpoint(run_on: RunOn, tiny: Tiny, tmp_path: Path) -> None:
+    cfg = tiny("layout.dp=2", "batch.micro=1", "checkpoint.every=6")
+    assert run_on(2, train, cfg) == [0, 0]
+    newest, older = committed(tmp_path / "run" / "checkpoints")
+    victim = max(newest.glob("*.distcp"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    for told, step in run_on(2, damaged, cfg):
+        assert victim.name in told and "damaged" in told and step == "6"
+    assert older.name == "step_00000006"
+
+
+def timed(cfg: Config) -> dict[str, Any]:
+    return bench._step(cfg, 2, 1, here(), CPU)
+
+
+def test_the_step_of_several_ranks_is_timed(run_on: RunOn, tiny: Tiny, capfd: pytest.CaptureFixture[str]) -> None:
+    cfg = tiny("layout.pp=2", "batch.micro=1", "data.train=[]", "model.vocab=200")
+    first, second = run_on(2, timed, cfg)
+    assert first["world"] == 2 and first["layout"]["pp"] == 2
+    assert first["step_s"] == second["step_s"] and first["last_loss"] == second["last_loss"]
