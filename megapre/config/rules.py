@@ -387,6 +387,19 @@ def _stage_order(data: "Data", batch: "Batch", run: "Run") -> Problems:
         )
 
 
+def _cuda_graph(layout: "Layout", run: "Run") -> Problems:
+    if not run.cuda_graph:
+        return
+    ranks = layout.model_parallel * max(layout.dp, 1)
+    if ranks > 1:
+        yield (
+            f"run: cuda_graph records the step of one rank, but layout has tp*pp*cp*dp = {ranks}; nearest: "
+            "cuda_graph false, or tp, pp, cp and dp 1"
+        )
+    if run.device == "cpu":
+        yield "run: cuda_graph needs a CUDA device, but device = 'cpu'; nearest: cuda_graph false, device auto or cuda"
+
+
 RULES: tuple[Callable[..., Problems], ...] = (
     _heads,
     _ffn,
@@ -407,4 +420,5 @@ RULES: tuple[Callable[..., Problems], ...] = (
     _split,
     _blends,
     _stage_order,
+    _cuda_graph,
 )

@@ -287,6 +287,7 @@ class Run(Section):
     keep_memory: bool = knob(True, description="keep memory that tensors free for the next ones (glibc)")
     deterministic: bool = knob(False, description="only kernels that repeat bit for bit, even if slower")
     compile: bool = knob(False, description="torch.compile the model")
+    cuda_graph: bool = knob(False, description="record a step once and replay it; CUDA, one rank")
     tensorboard: bool = knob(True, description="write TensorBoard events into the run folder")
 
 

@@ -60,9 +60,13 @@ class AdamW:
         self.lr = torch.zeros((), device=device)
         self.updates = torch.zeros((), device=device)
 
-    def step(self, lr: float, grad_scale: Tensor | None, found_inf: Tensor) -> None:
-        """One update with the gradients in the flat buffers, times `grad_scale`; none at all where `found_inf` is 1."""
-        self.lr.fill_(lr)
+    def step(self, lr: float | None, grad_scale: Tensor | None, found_inf: Tensor) -> None:
+        """One update with the gradients in the flat buffers, times `grad_scale`; none at all where `found_inf` is 1.
+
+        At the rate `lr`, or at that which `self.lr` holds.
+        """
+        if lr is not None:
+            self.lr.fill_(lr)
         self.updates.add_(1.0 - found_inf)
         for group, exp_avg, exp_avg_sq, offset in zip(
             self.groups, self.exp_avg, self.exp_avg_sq, self.offsets, strict=False

@@ -23,8 +23,9 @@ from megapre.data import DataError, GPTDataset, GPTIndex, IndexedDataset, Loader
 from megapre.data.gpt_index import build_sample_index
 
 from . import machine
+from .fixed import Inputs
 from .folder import TOKENIZERS, RunFolderError, open_run
-from .stage import build_model, check_tokens, inputs
+from .stage import build_model, check_tokens
 
 if TYPE_CHECKING:
     from megapre.config import Config, Source
@@ -61,7 +62,7 @@ def mean_loss(model: Transformer, batches: Iterable[GlobalBatch], device: torch.
     for batch in batches:
         check_tokens(batch, model.cfg.vocab)
         for part in batch.micro_batches:
-            total += model.loss(*inputs(part, device))
+            total += model.loss(*Inputs.of(part).to(device))
         tokens += batch.valid_tokens
     return Validation(float(total) / max(tokens, 1), tokens)
 

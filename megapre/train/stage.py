@@ -20,6 +20,7 @@ from megapre.parallel.data import NOT_SHARED, FlatParameters, Share
 from megapre.parallel.tensor import TensorGroup
 from megapre.plan.partition import layers_of_stages
 
+from .fixed import FixedInputs, Inputs
 from .machine import DTYPES
 
 if TYPE_CHECKING:
@@ -113,21 +114,28 @@ def stream_shape(cfg: Config, groups: Groups) -> tuple[int, ...]:
 class Feed:
     """The micro-batches of a step, what every backward begins with, and the sum of losses so far."""
 
-    def __init__(self, vocab: int, device: torch.device, loss_scale: LossScale | None) -> None:
-        self.vocab, self.device, self.loss_scale = vocab, device, loss_scale
+    def __init__(
+        self, vocab: int, device: torch.device, loss_scale: LossScale | None, fixed: FixedInputs | None = None
+    ) -> None:
+        """`fixed`: keeps shapes, and perhaps addresses, from step to step."""
+        self.vocab, self.device, self.loss_scale, self.fixed = vocab, device, loss_scale, fixed
         self.micro_batches: tuple[MicroBatch, ...] = ()
+        self.held: list[Inputs] = []
         self.total = torch.zeros((), device=device)
+        self.stop = torch.zeros((), device=device)
         self.per_token = torch.ones((), device=device)
         # In fp16 the scale goes into the logits' gradient before that is rounded.
         self.upstream = self.per_token if loss_scale is None else torch.ones((), device=device)
 
-    def take(self, batch: GlobalBatch, valid_tokens: Tensor | float) -> None:
-        """The next step's micro-batches, in which all replicas together have so many tokens with a loss.
+    def take(self, batch: GlobalBatch, valid_tokens: Tensor | float, stop: bool = False) -> None:
+        """The next step's micro-batches, in which all replicas together have so many tokens with a loss, and whether
+        this rank has been asked to stop.
 
         Raises DataError for a token outside the vocabulary.
         """
         check_tokens(batch, self.vocab)
         self.micro_batches = batch.micro_batches
+        self.held = [] if self.fixed is None else self.fixed.take(batch.micro_batches)
         if isinstance(valid_tokens, Tensor):
             torch.reciprocal(valid_tokens.clamp(min=1), out=self.per_token)
         else:
@@ -135,6 +143,13 @@ class Feed:
         if self.loss_scale is not None:
             torch.mul(self.per_token, self.loss_scale.scale, out=self.upstream)
         self.total.zero_()
+        self.stop.fill_(float(stop))
+
+    def inputs(self, micro_batch: int) -> Inputs:
+        """A micro-batch of the step on the device."""
+        if self.held:
+            return self.held[micro_batch]
+        return Inputs.of(self.micro_batches[micro_batch]).to(self.device)
 
 
 class Stage:
@@ -149,7 +164,7 @@ class Stage:
     def forward(self, micro_batch: int, x: Tensor | None) -> Tensor:
         feed, trained = self.feed, torch.is_grad_enabled()
         leaf = x if x is None or not trained else x.detach().requires_grad_()
-        out = self.run(leaf, *inputs(feed.micro_batches[micro_batch], feed.device), feed.upstream)
+        out = self.run(leaf, *feed.inputs(micro_batch), feed.upstream)
         if self.last:
             feed.total += out.detach() * feed.per_token if trained else out
         if trained:
@@ -183,18 +198,3 @@ def check_tokens(batch: GlobalBatch, vocab: int) -> None:
                 f"the data holds token {int(part.tokens[outside][0])}, the model knows 0 .. {vocab - 1}: the data is "
                 f"damaged, or made with another tokenizer, or model.vocab = {vocab} is too small for it"
             )
-
-
-def inputs(micro_batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Tokens, labels, positions and cu_seqlens on the device; to CUDA through pinned memory, overlapping what runs."""
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-    part = micro_batch
-    return (
-        move(part.tokens),
-        move(part.labels),
-        None if part.positions is None else move(part.positions),
-        None if part.cu_seqlens is None else move(part.cu_seqlens),
-    )

@@ -26,6 +26,8 @@ from megapre.parallel.pipeline import Executor
 from megapre.parallel.pipes import Pipes
 from megapre.schedule import BUILDERS
 
+from .fixed import FixedInputs
+from .graph import CudaRecorder, GraphError, Recorded, own_stream, refusal
 from .machine import DTYPES
 from .stage import Feed, Stage, build_pieces, parameters, schedule_of, share_of, stream_shape
 
@@ -83,12 +85,16 @@ class Engine:
     """Everything a step works on, on one rank, built from a config whose vocabulary is known.
 
     `groups` are this rank's, of a mesh with the config's layout (`connected`); None: it is the only rank. `models` are
-    its pieces of the model, in model order.
+    its pieces of the model, in model order. Raises KernelUnavailable, and GraphError where run.cuda_graph cannot be.
     """
 
     def __init__(self, cfg: Config, device: torch.device, groups: Groups | None = None) -> None:
         self.cfg, self.device = cfg, device
         self.groups = groups = connected(cfg, Place(), device) if groups is None else groups
+        if cfg.run.cuda_graph:
+            if why_not := refusal(device, groups.world.size):
+                raise GraphError(why_not)
+            own_stream(device)
         plan = schedule_of(cfg, groups.dp.size)
         self.models = build_pieces(cfg, groups, plan)
         self.ops = self.models[0].ops
@@ -108,11 +114,14 @@ class Engine:
                 model.before_use = self.flat.exchange.ready
         self.optimizer = AdamW(self.flat.groups, cfg.optim, self.ops.adamw_, self.ops.adamw_stochastic_, cfg.run.seed)
         self.loss_scale = LossScale(cfg.optim, device) if cfg.run.dtype == "fp16" else None
-        self.feed = Feed(cfg.model.vocab, device, self.loss_scale)
+        recorded = cfg.run.cuda_graph
+        fixed = FixedInputs(device, recorded) if recorded or cfg.run.compile else None
+        self.feed = Feed(cfg.model.vocab, device, self.loss_scale, fixed)
         self.stages = [Stage(model, self.feed, self.flat, cfg.run.compile) for model in self.models]
         pipes = Pipes(groups, stream_shape(cfg, groups), DTYPES[cfg.run.dtype]) if groups.pp.size > 1 else None
         self.executor = Executor(plan, self.stages, pipes)
         self.evaluator = Executor(plan, self.stages, pipes, evaluation=True)
+        self.recorded = Recorded(self._on_device, CudaRecorder()) if recorded else None
 
     @property
     def model(self) -> Transformer:
@@ -124,10 +133,19 @@ class Engine:
         """Forward and backward of every micro-batch of `batch`, this rank's share, then one update at rate `lr`.
 
         `stop`: this rank has been asked to stop, which the result tells all of them. The result is the same on every
-        rank. Raises DataError for a token outside the vocabulary, and PipelineError.
+                rank. Raises DataError for a token outside the vocabulary, PipelineError and GraphError.
+        """
+        self.feed.take(batch, self._valid_tokens(batch), stop)
+        self.optimizer.lr.fill_(lr)
+        if self.recorded is not None and self.feed.fixed is not None and trace is None:
+            return self.recorded(self.feed.fixed.shapes)
+        return self._on_device(trace)
+
+    def _on_device(self, trace: Trace | None = None) -> StepResult:
+        """The step, of what `feed` and the optimizer's rate hold. On one rank nothing in here depends on the host: run
+        once more with other values in the same memory, it issues the same operations.
         """
         exchange = self.flat.exchange
-        self.feed.take(batch, self._valid_tokens(batch))
         if exchange is not None and self.cfg.run.compile:
             exchange.ready()
         self.flat.begin_step()
@@ -135,14 +153,14 @@ class Engine:
         self.flat.finish_step()
         counted = self.flat.counted()
         norm = self.ops.grad_norm(counted) if counted else torch.zeros_like(self.feed.total)
-        loss, norm, stops = self._over_all_ranks(self.feed.total, norm, float(stop))
+        loss, norm, stops = self._over_all_ranks(self.feed.total, norm)
         scale = None if self.loss_scale is None else self.loss_scale.scale.clone()
         norm = norm if scale is None else norm / scale
         skipped = not_finite(loss, norm)
         factor = clip_factor(norm, self.cfg.optim.clip)
         if scale is not None:
             factor = (1.0 if factor is None else factor) / scale
-        self.optimizer.step(lr, factor, skipped)
+        self.optimizer.step(None, factor, skipped)
         if self.loss_scale is not None:
             self.loss_scale.update(skipped)
         if exchange is not None:
@@ -171,16 +189,16 @@ class Engine:
         dist.all_reduce(tokens, group=replicas.handle)
         return tokens
 
-    def _over_all_ranks(self, loss: Tensor, norm: Tensor, stop: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum of the replicas' losses, the norm of all gradients from those of the ranks, and the sum of `stop`, in
-        one collective.
+    def _over_all_ranks(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of the replicas' losses, the norm of all gradients from those of the ranks, and the number of those
+        asked to stop, in one collective.
 
         Ranks of one tensor-parallel group have the same loss; only those with the last stage have one.
         """
         told = self.models[-1].piece.last and self.groups.tp.index == 0
-        stops = torch.full_like(loss, stop)
+        stops = self.feed.stop
         if self.groups.world.size == 1:
-            return loss.clone(), norm, stops
+            return loss.clone(), norm, stops.clone()
         self.executor.settle()
         sums = torch.stack([loss if told else torch.zeros_like(loss), norm, stops]).double()
         sums[1] **= 2
