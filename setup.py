@@ -2,6 +2,10 @@
 
 MEGAPRE_NATIVE=auto (default): build what this machine can build, and say what was left out and why.
 MEGAPRE_NATIVE=0: build nothing; a pure-Python wheel. MEGAPRE_NATIVE=1: whatever cannot be built is an error.
+
+MEGAPRE_CUDA=auto (default): build the CUDA kernels where nvcc is and torch is a CUDA build. MEGAPRE_CUDA=0: leave them
+out. MEGAPRE_CUDA=1: build them for whatever torch there is (they serve any from 2.11 on); where they cannot be built,
+that is an error.
 """
 
 from __future__ import annotations
@@ -19,14 +23,15 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OPS = "megapre/kernels/_native/libmegapre_ops.so"
+CUDA = "megapre/kernels/_native/libmegapre_cuda.so"
 HOST = "megapre/_host" + sysconfig.get_config_var("EXT_SUFFIX")
 
 
-def native_mode() -> str:
-    mode = os.environ.get("MEGAPRE_NATIVE", "auto")
-    if mode not in ("auto", "0", "1"):
-        raise SystemExit(f"MEGAPRE_NATIVE={mode}: must be auto, 0 or 1")
-    return mode
+def mode(variable: str) -> str:
+    value = os.environ.get(variable, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{variable}={value}: must be auto, 0 or 1")
+    return value
 
 
 def tool(name: str) -> str | None:
@@ -47,6 +52,27 @@ def torch_arguments() -> dict[str, str]:
         "TORCH_CXX11_ABI": str(int(torch.compiled_with_cxx11_abi())),
         "TORCH_VERSION": torch.__version__.split("+")[0],
     }
+
+
+def nvcc() -> str | None:
+    """CUDA's compiler: that of CUDA_HOME, else of the machine."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+
+
+def why_no_cuda(has_torch: bool) -> str:
+    """Why the CUDA kernels are not built; empty when they are."""
+    if mode("MEGAPRE_CUDA") == "0":
+        return "MEGAPRE_CUDA=0"
+    if not has_torch:
+        return "torch is not importable"
+    if nvcc() is None:
+        return "nvcc not found (CUDA_HOME names the toolkit's folder)"
+    import torch
+
+    if torch.version.cuda is None and mode("MEGAPRE_CUDA") == "auto":
+        return f"torch {torch.__version__} is built for the CPU alone (MEGAPRE_CUDA=1 builds them all the same)"
+    return ""
 
 
 def host_arguments(torch_include: str) -> dict[str, str]:
@@ -70,7 +96,7 @@ class NativeBuild(build_ext):
     """Runs CMake once and copies both libraries beside the Python files, in the source tree or in the wheel."""
 
     def run(self) -> None:
-        if native_mode() == "0":
+        if mode("MEGAPRE_NATIVE") == "0":
             return
         try:
             built = self.compile()
@@ -98,8 +124,13 @@ class NativeBuild(build_ext):
         build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
         # Every variable is passed every time, so that none survives in CMake's cache from another environment.
         variables = dict.fromkeys(
-            ("TORCH_INCLUDE", "TORCH_LIB", "TORCH_VERSION", "PYBIND11_INCLUDE", "PYTHON_INCLUDE"), ""
+            ("TORCH_INCLUDE", "TORCH_LIB", "TORCH_VERSION", "NVCC", "PYBIND11_INCLUDE", "PYTHON_INCLUDE"), ""
         )
+        no_cuda = why_no_cuda(bool(tensor_ops))
+        if no_cuda:
+            self.leave_out("CUDA kernels", no_cuda, required=mode("MEGAPRE_CUDA") == "1")
+        else:
+            variables["NVCC"] = str(nvcc())
         variables |= {"CMAKE_MAKE_PROGRAM": str(tool("ninja"))} | tensor_ops | host
         definitions = [f"-D{name}={value}" for name, value in variables.items()]
         cmake = str(tool("cmake"))
@@ -109,15 +140,21 @@ class NativeBuild(build_ext):
         if built:  # a compiler with another OpenMP, say, links what torch cannot load
             load = "import sys, torch; torch.ops.load_library(sys.argv[1])"
             subprocess.run([sys.executable, "-c", load, str(built[OPS])], check=True)
+        if not no_cuda:
+            built[CUDA] = build / "libmegapre_cuda.so"
         return built | ({HOST: build / Path(HOST).name} if host else {})
 
-    def leave_out(self, what: str, why: str) -> None:
-        if native_mode() == "1":
-            raise SystemExit(f"MEGAPRE_NATIVE=1, but {what} cannot be built: {why}")
+    def leave_out(self, what: str, why: str, required: bool | None = None) -> None:
+        """Says so, or ends the build where the environment requires it: MEGAPRE_NATIVE=1, or as `required` says."""
+        if mode("MEGAPRE_NATIVE") == "1" if required is None else required:
+            variable = "MEGAPRE_NATIVE" if required is None else "MEGAPRE_CUDA"
+            raise SystemExit(f"{variable}=1, but {what} cannot be built: {why}")
         self.warn(f"{what} left out: {why}. Everything works without, more slowly (MEGAPRE_NATIVE=0 skips the attempt)")
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / name) for name in (OPS, HOST) if (Path(self.build_lib) / name).exists()]
+        return [
+            str(Path(self.build_lib) / name) for name in (OPS, CUDA, HOST) if (Path(self.build_lib) / name).exists()
+        ]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -125,6 +162,6 @@ class NativeBuild(build_ext):
 
 setup(
     # One placeholder: it makes the wheel a platform wheel and calls the command above.
-    ext_modules=[] if native_mode() == "0" else [Extension("megapre._native_build", sources=[])],
+    ext_modules=[] if mode("MEGAPRE_NATIVE") == "0" else [Extension("megapre._native_build", sources=[])],
     cmdclass={"build_ext": NativeBuild},
 )

@@ -4,9 +4,10 @@ An op is registered when torch cannot look through it: it has a native kernel, w
 it has a backward of its own that keeps less than autograd would. The rest are compositions of aten ops, whose fake
 tensors, autograd and torch.compile support come with torch.
 
-The C++ library, when it is there, defines its schemas and CPU kernels; Python adds a kernel in plain torch for every
-other device, the fake tensor function and the autograd formula. When it is not there, the same schemas are defined
-here and the plain kernel serves all devices. Registration happens once, on the first `kernels.choose`.
+The C++ library, when it is there, defines its schemas and CPU kernels, and a second one adds CUDA kernels; Python adds
+a kernel in plain torch for every other device, the fake tensor function and the autograd formula. When it is not there,
+the same schemas are defined here and the plain kernel serves all devices. Registration happens once, on the first
+`kernels.choose`.
 """
 
 import functools
@@ -42,6 +43,7 @@ def register() -> torch.library.Library:
     )
 
     native.load()
+    native.cuda_status()
     if hasattr(getattr(torch.ops, NAMESPACE), "linear_cross_entropy"):
         raise RuntimeError(f"{__name__}: torch.ops.{NAMESPACE} is registered already by another copy of this package")
     library = torch.library.Library(NAMESPACE, "FRAGMENT")

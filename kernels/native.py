@@ -1,4 +1,4 @@
-"""The native op library: loaded once, on first use, or not at all and with a reason.
+"""The native op libraries, of the CPU and of CUDA: loaded once, on first use, or not at all and with a reason.
 
 MEGAPRE_NATIVE=auto (default) uses it when it is there, 0 leaves it alone, 1 makes its absence an error.
 MEGAPRE_CPU_LEVEL=default|avx2|avx512 forces a code path; the best one that the CPU can run is taken otherwise.
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).parent / "_native" / "libmegapre_ops.so"
+CUDA_LIBRARY = LIBRARY.with_name("libmegapre_cuda.so")
 _VERSION_MARK = b"megapre-built-for-torch="  # csrc/ops.cpp
 
 
@@ -32,6 +33,12 @@ def load() -> bool:
 def status() -> tuple[bool, str]:
     """(whether the library is loaded, why not); tries to load it first."""
     why_not = _attempt()
+    return not why_not, why_not
+
+
+def cuda_status() -> tuple[bool, str]:
+    """As `status`, of the CUDA kernels. Loading them does not initialise CUDA."""
+    why_not = _attempt_cuda()
     return not why_not, why_not
 
 
@@ -69,4 +76,21 @@ def _attempt() -> str:
         torch.ops.megapre.cpu_level()
     except ValueError as error:
         raise NativeError(str(error)) from None
+    return ""
+
+
+@functools.cache
+def _attempt_cuda() -> str:
+    """Why the CUDA kernels cannot be used; empty when they were loaded. They serve every torch from 2.11 on."""
+    if os.environ.get("MEGAPRE_NATIVE") == "0":
+        return "MEGAPRE_NATIVE=0 turns it off"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built for the CPU alone"
+    if not CUDA_LIBRARY.exists():
+        build = "MEGAPRE_CUDA=1 pip install --no-build-isolation -e . (needs nvcc)"
+        return f"{CUDA_LIBRARY} does not exist; build it with: {build}"
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY))
+    except (OSError, RuntimeError) as error:
+        return f"{CUDA_LIBRARY} cannot be loaded: {error}"
     return ""

@@ -52,12 +52,16 @@ class Implementation:
     why_not: Callable[[str], str] = _nothing
     takes: str = ""
     """Which calls it takes, where it refuses some of the op's contract: by a ValueError, never by another's hand."""
+    note: str = ""
+    """What a user should know before choosing it."""
 
 
 def _needs_native(*ops: str) -> Callable[[str], str]:
-    """What stands in the way of a function that calls these C++ kernels."""
+    """What stands in the way of a function that calls these C++ kernels of the CPU."""
 
     def why_not(device: str) -> str:
+        if device != "cpu":
+            return "native kernels are the CPU's; those in CUDA C++ are called cuda"
         missing = [op for op in ops if not library.has_native(op, device)]
         if not missing:
             return ""
@@ -67,11 +71,30 @@ def _needs_native(*ops: str) -> Callable[[str], str]:
     return why_not
 
 
+def _needs_cuda(*ops: str) -> Callable[[str], str]:
+    """What stands in the way of a function that calls these CUDA C++ kernels."""
+
+    def why_not(device: str) -> str:
+        if device != "cuda":
+            return "the kernels are CUDA C++"
+        loaded, reason = native.cuda_status()
+        if not loaded:
+            return reason
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+            return "the kernels need compute capability 8.0"
+        missing = [op for op in ops if not library.has_native(op, device)]
+        return f"{native.CUDA_LIBRARY.name} has no {missing[0]}; build it again" if missing else ""
+
+    return why_not
+
+
 def _on_cpu_alone(reason: str) -> Callable[[str], str]:
     return lambda device: "" if device == "cpu" else reason
 
 
-# In order of preference: the first that can serve a device is its default.
+NOT_RUN = "not yet run on a GPU"
+
+# In order of preference: the first that can serve a device is its default. What has not run comes after all that has.
 IMPLEMENTATIONS = (
     Implementation("embedding", "summed", embedding.summed, _on_cpu_alone("torch's own kernel sums in fp32 there")),
     Implementation("embedding", "torch", embedding.torch_embedding),
@@ -85,6 +108,9 @@ IMPLEMENTATIONS = (
     Implementation("layer_norm", "apex", apex.layer_norm, apex.why_not("fused_layer_norm_cuda", "apex")),
     Implementation("layer_norm", "liger", liger.layer_norm, liger.why_not),
     Implementation("layer_norm", "transformer_engine", transformer_engine.layer_norm, transformer_engine.why_not),
+    Implementation(
+        "layer_norm", "cuda", layer_norm.native, _needs_cuda("layer_norm", "layer_norm_backward"), note=NOT_RUN
+    ),
     Implementation("layer_norm", "reference", layer_norm.reference),
     Implementation("rms_norm", "native", rms_norm.native, _needs_native("rms_norm", "rms_norm_backward")),
     Implementation("rms_norm", "triton", triton.rms_norm, triton.why_not),
@@ -92,6 +118,7 @@ IMPLEMENTATIONS = (
     Implementation("rms_norm", "apex", apex.rms_norm, apex.why_not("fused_layer_norm_cuda", "apex")),
     Implementation("rms_norm", "liger", liger.rms_norm, liger.why_not),
     Implementation("rms_norm", "transformer_engine", transformer_engine.rms_norm, transformer_engine.why_not),
+    Implementation("rms_norm", "cuda", rms_norm.native, _needs_cuda("rms_norm", "rms_norm_backward"), note=NOT_RUN),
     Implementation("rms_norm", "reference", rms_norm.reference),
     Implementation("rope", "native", rope.native, _needs_native("rope")),
     Implementation("rope", "triton", triton.rope, triton.why_not),
@@ -239,6 +266,7 @@ def table(device: str, overrides: Mapping[str, str] | None = None, dtype: torch.
         used, why_not = chosen[row.op], row.why_not(kind)
         is_used = row is used.implementation
         why = used.why if is_used else "" if why_not else _BEHIND[used.origin].format(used.implementation.name)
+        why = "; ".join(part for part in (why, row.note) if part) if not why_not else why
         rows.append(Row(row.op, row.name, not why_not, why_not, is_used, why, row.takes))
     return rows
 

@@ -137,6 +137,8 @@ def native() -> Iterator[Fact]:
     library = importlib.import_module("megapre.kernels.native")
     loaded, why_not = library.status()
     yield "native ops", f"used: {library.LIBRARY}" if loaded else f"not used, plain torch instead: {why_not}"
+    loaded_cuda, why_no_cuda = library.cuda_status()
+    yield "CUDA kernels", f"used: {library.CUDA_LIBRARY}" if loaded_cuda else f"not used: {why_no_cuda}"
     if loaded:
         torch = importlib.import_module("torch")
         for dtype in ("bfloat16", "float16"):

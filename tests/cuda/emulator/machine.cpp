@@ -1,0 +1,526 @@
+#include "machine.h"
+
+#include <algorithm>
+#include <csetjmp>
+#include <csignal>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#include <sys/mman.h>
+
+#include "guard.h"
+
+// Saves the registers that a call must keep on the stack, leaves the stack in *from and goes on with the other one.
+extern "C" void emulator_switch(void** from, void* to);
+asm(R"(
+.text
+.globl emulator_switch
+.hidden emulator_switch
+.type emulator_switch, @function
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulator_switch, .-emulator_switch
+)");
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStack = 256 * 1024, kPage = 4096;
+constexpr size_t kSharedLimit = 227 * 1024, kStaticLimit = 48 * 1024, kRedZone = 64;
+constexpr unsigned char kRedByte = 0x5A;
+
+enum class State { kReady, kWaiting, kPolling, kEnded };
+
+struct Block;
+
+struct Fiber {
+  Block* block;
+  uint3 thread;
+  unsigned index;  // within the block
+  State state;
+  const char* waits_for;
+  uint64_t cluster_generation;
+  void* stack_pointer;
+};
+
+// Where the lanes of one mask meet.
+struct Meeting {
+  unsigned mask, arrived;
+  uint64_t generation;
+  unsigned char values[2][kWarp * 16];
+};
+
+struct Barrier {
+  unsigned arrived;
+  std::vector<Fiber*> waiting;
+};
+
+struct Block {
+  uint3 index;
+  unsigned rank;  // in the cluster
+  unsigned alive;
+  unsigned char* arena;    // static arrays, then dynamic shared memory up to the end
+  size_t arena_bytes, static_bytes;
+  std::vector<std::pair<const void*, size_t>> statics;  // key and offset
+  std::vector<size_t> red_zones;
+  Barrier barriers[16];
+  std::vector<std::vector<std::unique_ptr<Meeting>>> meetings;  // by warp
+  std::vector<Fiber> fibers;
+};
+
+struct Machine {
+  Grid grid;
+  const std::function<void()>* kernel;
+  std::vector<Block> blocks;  // of the cluster that runs
+  Fiber* current;
+  void* scheduler_stack;
+  bool progress;
+  unsigned cluster_arrived;
+  uint64_t cluster_generation;
+  std::mt19937_64 random;
+  std::string error;
+  sigjmp_buf escape;
+};
+
+Machine* machine;
+
+std::string where() {
+  std::ostringstream text;
+  if (machine->current != nullptr) {
+    const uint3 b = machine->current->block->index, t = machine->current->thread;
+    text << " in thread (" << t.x << ", " << t.y << ", " << t.z << ") of block (" << b.x << ", " << b.y << ", " << b.z
+         << ")";
+  }
+  const Grid& g = machine->grid;
+  text << ", grid " << g.grid.x << " x " << g.grid.y << " x " << g.grid.z << " of " << g.block.x << " x " << g.block.y
+       << " x " << g.block.z << " threads";
+  return text.str();
+}
+
+[[noreturn]] void leave(const std::string& error) {
+  machine->error = error;
+  siglongjmp(machine->escape, 1);
+}
+
+void trap(int signal, siginfo_t* info, void*) {
+  const std::string what = signal == SIGSEGV || signal == SIGBUS
+      ? "illegal access: " + place(info->si_addr)
+      : std::string("undefined or misaligned operation (trapped by -fsanitize=undefined)");
+  leave("emulator: " + what + where());
+}
+
+// The handlers of a launch; what was there before comes back afterwards.
+struct Traps {
+  static constexpr int kSignals[4] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
+  struct sigaction before[4];
+  stack_t stack_before;
+  std::vector<unsigned char> stack = std::vector<unsigned char>(64 * 1024);
+
+  Traps() {
+    stack_t own{};
+    own.ss_sp = stack.data();
+    own.ss_size = stack.size();
+    sigaltstack(&own, &stack_before);
+    struct sigaction action {};
+    action.sa_sigaction = trap;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    for (int i = 0; i < 4; ++i) {
+      sigaction(kSignals[i], &action, &before[i]);
+    }
+  }
+  ~Traps() {
+    for (int i = 0; i < 4; ++i) {
+      sigaction(kSignals[i], &before[i], nullptr);
+    }
+    sigaltstack(&stack_before, nullptr);
+  }
+};
+
+// Stacks are kept for the next launch. Below each lies a page without access.
+unsigned char* stack_of(size_t fiber) {
+  static std::vector<unsigned char*> stacks;
+  while (stacks.size() <= fiber) {
+    void* map = mmap(
+        nullptr, kStack + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
+    if (map == MAP_FAILED) {
+      throw std::runtime_error("emulator: no memory for the stack of a thread");
+    }
+    mprotect(map, kPage, PROT_NONE);
+    stacks.push_back(static_cast<unsigned char*>(map) + kPage);
+  }
+  return stacks[fiber];
+}
+
+void switch_out() {
+  emulator_switch(&machine->current->stack_pointer, machine->scheduler_stack);
+}
+
+void release_if_complete(Barrier& barrier, unsigned expected) {
+  if (barrier.arrived < expected || barrier.arrived == 0) {
+    return;
+  }
+  barrier.arrived = 0;
+  for (Fiber* fiber : barrier.waiting) {
+    fiber->state = State::kReady;
+  }
+  barrier.waiting.clear();
+}
+
+void wait_at(const char* what) {
+  machine->current->state = State::kWaiting;
+  machine->current->waits_for = what;
+  switch_out();
+}
+
+// Those that have ended count as arrived at every barrier.
+void pass_cluster_barrier() {
+  unsigned alive = 0;
+  for (const Block& block : machine->blocks) {
+    alive += block.alive;
+  }
+  if (machine->cluster_arrived > 0 && machine->cluster_arrived >= alive) {
+    machine->cluster_arrived = 0;
+    ++machine->cluster_generation;
+  }
+}
+
+void fiber_main() {
+  (*machine->kernel)();
+  Fiber* self = machine->current;
+  self->state = State::kEnded;
+  --self->block->alive;
+  release_if_complete(self->block->barriers[0], self->block->alive);
+  pass_cluster_barrier();
+  switch_out();
+  __builtin_unreachable();
+}
+
+void prepare(Block& block, unsigned rank, uint3 index, unsigned threads, size_t first_stack) {
+  const Grid& grid = machine->grid;
+  block.index = index;
+  block.rank = rank;
+  block.alive = threads;
+  block.arena_bytes = kStaticLimit + (grid.shared + 15) / 16 * 16;
+  block.arena = static_cast<unsigned char*>(allocate(block.arena_bytes));
+  block.static_bytes = 0;
+  block.meetings.resize((threads + kWarp - 1) / kWarp);
+  block.fibers.resize(threads);
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& fiber = block.fibers[i];
+    fiber = {&block, {i % grid.block.x, i / grid.block.x % grid.block.y, i / (grid.block.x * grid.block.y)}, i,
+             State::kReady, "", 0, nullptr};
+    // Six registers and the address to go to; a function is entered with the stack 8 bytes off a multiple of 16.
+    auto** top = reinterpret_cast<void**>(stack_of(first_stack + i) + kStack) - 8;
+    std::fill(top, top + 6, nullptr);
+    top[6] = reinterpret_cast<void*>(&fiber_main);
+    fiber.stack_pointer = top;
+  }
+}
+
+bool step(Fiber& fiber) {
+  if (fiber.state != State::kReady && fiber.state != State::kPolling) {
+    return false;
+  }
+  const bool polling = fiber.state == State::kPolling;
+  fiber.state = State::kReady;
+  machine->current = &fiber;
+  threadIdx = fiber.thread;
+  blockIdx = fiber.block->index;
+  emulator_switch(&machine->scheduler_stack, fiber.stack_pointer);
+  machine->current = nullptr;
+  machine->progress |= !polling || fiber.state != State::kPolling;
+  return fiber.state != State::kPolling;
+}
+
+std::string stuck() {
+  std::ostringstream text;
+  text << "emulator: threads wait for each other for ever:";
+  for (const Block& block : machine->blocks) {
+    std::vector<std::pair<std::string, unsigned>> counts;
+    for (const Fiber& fiber : block.fibers) {
+      const std::string what = fiber.state == State::kEnded ? "have ended" : std::string("wait at ") + fiber.waits_for;
+      if (counts.empty() || counts.back().first != what) {
+        counts.emplace_back(what, 0);
+      }
+      ++counts.back().second;
+    }
+    for (const auto& [what, count] : counts) {
+      text << " " << count << " " << what << ",";
+    }
+  }
+  text << " (runs of threads in their order)" << where();
+  return text.str();
+}
+
+std::vector<unsigned> drawn_order(unsigned count) {
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  if (schedule_seed != 0) {
+    std::shuffle(order.begin(), order.end(), machine->random);
+  }
+  return order;
+}
+
+// One cluster, from its first instruction to the end of its last thread.
+void run_cluster() {
+  const unsigned warps = static_cast<unsigned>(machine->blocks[0].meetings.size());
+  const unsigned blocks = static_cast<unsigned>(machine->blocks.size());
+  for (bool alive = true; alive;) {
+    machine->progress = false;
+    for (const unsigned at : drawn_order(warps * blocks)) {
+      Block& block = machine->blocks[at / warps];
+      const unsigned first = at % warps * kWarp;
+      const unsigned last = std::min<unsigned>(first + kWarp, block.fibers.size());
+      for (bool moved = true; moved;) {
+        moved = false;
+        for (unsigned i = first; i < last; ++i) {
+          if (block.fibers[i].state == State::kReady) {
+            moved |= step(block.fibers[i]);
+          }
+        }
+      }
+      for (unsigned i = first; i < last; ++i) {
+        if (block.fibers[i].state == State::kPolling) {
+          step(block.fibers[i]);
+        }
+      }
+    }
+    alive = false;
+    for (const Block& block : machine->blocks) {
+      alive |= block.alive > 0;
+    }
+    if (alive && !machine->progress) {
+      leave(stuck());
+    }
+  }
+}
+
+void check_red_zones(const Block& block) {
+  for (const size_t zone : block.red_zones) {
+    for (size_t i = 0; i < kRedZone; ++i) {
+      if (block.arena[zone + i] != kRedByte) {
+        leave("emulator: something was written past the end of a shared array" + where());
+      }
+    }
+  }
+}
+
+void end_cluster() {
+  for (Block& block : machine->blocks) {
+    release(block.arena);
+  }
+  machine->blocks.clear();
+}
+
+struct Ending {
+  ~Ending() {
+    end_cluster();
+    machine = nullptr;
+  }
+};
+
+void run_all() {
+  const Grid& grid = machine->grid;
+  const unsigned threads = grid.block.x * grid.block.y * grid.block.z;
+  const unsigned clusters = grid.grid.x * grid.grid.y * grid.grid.z / grid.cluster;
+  for (const unsigned at : drawn_order(clusters)) {
+    machine->cluster_arrived = 0;
+    machine->cluster_generation = 0;
+    machine->blocks = std::vector<Block>(grid.cluster);
+    for (unsigned rank = 0; rank < grid.cluster; ++rank) {
+      const unsigned linear = at * grid.cluster + rank;
+      const uint3 index{linear % grid.grid.x, linear / grid.grid.x % grid.grid.y, linear / (grid.grid.x * grid.grid.y)};
+      prepare(machine->blocks[rank], rank, index, threads, static_cast<size_t>(rank) * threads);
+    }
+    run_cluster();
+    for (const Block& block : machine->blocks) {
+      check_red_zones(block);
+    }
+    if (const std::string what = changed(); !what.empty()) {
+      leave("emulator: " + what + where());
+    }
+    end_cluster();
+  }
+}
+
+}  // namespace
+
+void run(const Grid& grid, const std::function<void()>& kernel) {
+  if (machine != nullptr) {
+    throw std::runtime_error("emulator: a launch from within a launch");
+  }
+  Machine here{};
+  here.grid = grid;
+  here.kernel = &kernel;
+  here.random.seed(schedule_seed);
+  machine = &here;
+  const Ending ending;
+  gridDim = grid.grid;
+  blockDim = grid.block;
+  ++launches;
+  {
+    const Traps traps;
+    if (sigsetjmp(here.escape, 1) == 0) {
+      run_all();
+    }
+  }
+  if (!here.error.empty()) {
+    throw std::runtime_error(here.error);
+  }
+}
+
+void fail(const std::string& what) {
+  leave("emulator: " + what + where());
+}
+
+void sync_threads() {
+  Block& block = *machine->current->block;
+  Barrier& barrier = block.barriers[0];
+  ++barrier.arrived;
+  if (barrier.arrived == block.alive) {
+    release_if_complete(barrier, block.alive);
+    return;
+  }
+  barrier.waiting.push_back(machine->current);
+  wait_at("__syncthreads");
+}
+
+void named_barrier(int id, int threads, bool wait) {
+  if (id < 1 || id > 15 || threads % kWarp != 0) {
+    fail("barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads: 1 to 15, whole warps");
+  }
+  Block& block = *machine->current->block;
+  Barrier& barrier = block.barriers[id];
+  ++barrier.arrived;
+  if (barrier.arrived == static_cast<unsigned>(threads)) {
+    release_if_complete(barrier, threads);
+  } else if (wait) {
+    barrier.waiting.push_back(machine->current);
+    wait_at("a named barrier");
+  }
+}
+
+void cluster_arrive() {
+  machine->current->cluster_generation = machine->cluster_generation;
+  ++machine->cluster_arrived;
+  pass_cluster_barrier();
+}
+
+void cluster_wait() {
+  const uint64_t generation = machine->current->cluster_generation;
+  wait_until([=] { return machine->cluster_generation > generation; }, "a barrier of the cluster");
+}
+
+unsigned cluster_rank() {
+  return machine->current->block->rank;
+}
+
+unsigned cluster_blocks() {
+  return static_cast<unsigned>(machine->blocks.size());
+}
+
+void* in_block(void* shared, unsigned rank) {
+  const Block& own = *machine->current->block;
+  const ptrdiff_t offset = static_cast<unsigned char*>(shared) - own.arena;
+  if (rank >= machine->blocks.size() || offset < 0 || offset >= static_cast<ptrdiff_t>(own.arena_bytes)) {
+    fail("no such place in the shared memory of the cluster's block " + std::to_string(rank));
+  }
+  if (machine->blocks[rank].alive == 0) {
+    fail("the shared memory of block " + std::to_string(rank) + " of the cluster, which has ended");
+  }
+  return machine->blocks[rank].arena + offset;
+}
+
+void wait_until(const std::function<bool()>& ready, const char* what) {
+  while (!ready()) {
+    machine->current->state = State::kPolling;
+    machine->current->waits_for = what;
+    switch_out();
+  }
+}
+
+unsigned lane() {
+  return machine->current->index % kWarp;
+}
+
+const unsigned char* meet(unsigned mask, const void* value, size_t size) {
+  Fiber& self = *machine->current;
+  Block& block = *self.block;
+  const unsigned warp = self.index / kWarp, bit = 1u << lane();
+  const unsigned there = std::min<unsigned>(kWarp, block.fibers.size() - warp * kWarp);
+  if ((mask & bit) == 0 || (there < 32 && mask >> there != 0)) {
+    fail("the mask of a warp operation does not hold its own lane, or holds lanes that do not exist");
+  }
+  Meeting* meeting = nullptr;
+  for (const auto& known : block.meetings[warp]) {
+    meeting = known->mask == mask ? known.get() : meeting;
+  }
+  if (meeting == nullptr) {
+    block.meetings[warp].push_back(std::make_unique<Meeting>());
+    meeting = block.meetings[warp].back().get();
+    *meeting = {mask, 0, 0, {}};
+    std::memset(meeting->values, 0xFF, sizeof meeting->values);
+  }
+  unsigned char* values = meeting->values[meeting->generation & 1];
+  std::memcpy(values + 16 * lane(), value, size);
+  meeting->arrived |= bit;
+  if (meeting->arrived != mask) {
+    wait_at("a warp operation");
+    return values;
+  }
+  meeting->arrived = 0;
+  ++meeting->generation;
+  for (unsigned other = 0; other < there; ++other) {
+    Fiber& fiber = block.fibers[warp * kWarp + other];
+    if ((mask >> other & 1) != 0 && &fiber != &self) {
+      fiber.state = State::kReady;
+    }
+  }
+  return values;
+}
+
+unsigned char* dynamic_shared() {
+  return machine->current->block->arena + kStaticLimit;
+}
+
+size_t dynamic_shared_bytes() {
+  return machine->grid.shared;
+}
+
+void* static_shared(const void* key, size_t bytes) {
+  Block& block = *machine->current->block;
+  for (const auto& [known, offset] : block.statics) {
+    if (known == key) {
+      return block.arena + offset;
+    }
+  }
+  const size_t offset = block.static_bytes, zone = offset + (bytes + 15) / 16 * 16;
+  if (zone + kRedZone > kStaticLimit || zone + machine->grid.shared > kSharedLimit) {
+    fail("static shared arrays of more than 48 KiB, or with the dynamic more than 227 KiB");
+  }
+  std::memset(block.arena + zone, kRedByte, kRedZone);
+  block.red_zones.push_back(zone);
+  block.statics.emplace_back(key, offset);
+  block.static_bytes = zone + kRedZone;
+  return block.arena + offset;
+}
+
+}  // namespace emulator
