@@ -10,7 +10,7 @@ import sys
 import click
 
 from .. import __version__
-from . import bench, data, schedules, training
+from . import bench, comm, data, schedules, training
 
 BROKEN, INTERRUPTED = 2, 130
 """Exit codes for what the user can mend, and for Ctrl-C."""
@@ -48,6 +48,7 @@ for verb in (
     data.tokenize,
     data.tokenizer,
     bench.bench,
+    comm.tune,
     schedules.schedule,
 ):
     cli.add_command(verb)

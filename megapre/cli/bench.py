@@ -4,7 +4,8 @@ import os
 
 import click
 
-from .options import DEVICE, OVERRIDES, RECIPE, WithKnobs
+from .comm import bench_comm
+from .options import DEVICE, OVERRIDES, RECIPE, WithKnobs, listed
 
 
 @click.group()
@@ -87,9 +88,9 @@ def bench_kernels(
         ops=ops,
         shapes=shapes,
         tokens=tokens,
-        dtypes=_listed(dtypes),
-        providers=_listed(providers),
-        modes=_listed(modes),
+        dtypes=listed(dtypes),
+        providers=listed(providers),
+        modes=listed(modes),
         named_set=named_set,
         device=device,
         threads=threads,
@@ -101,5 +102,4 @@ def bench_kernels(
     return bench_kernels.show(device) if list_only else bench_kernels.run(request, out, write_profile)
 
 
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+bench.add_command(bench_comm)

@@ -21,3 +21,18 @@ class WithKnobs(click.Command):
 
         formatter.write(f"\nRECIPE is a TOML file, or one of\n  {', '.join(recipe_names())}\n")
         formatter.write(f"\nKnobs, as in optim.lr=3e-4:\n\n{help_text()}\n")
+
+
+class Launcher(WithKnobs):
+    """A command that takes a recipe, or another verb for ranks with all that follows it."""
+
+    VERBS = (["bench", "comm"], ["tune", "comm"])
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        at = next((at for at in range(len(args)) if args[at : at + 2] in self.VERBS), None)
+        return super().parse_args(ctx, args if at is None else [*args[:at], "--", *args[at:]])
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The words with commas between them."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())

@@ -104,6 +104,7 @@ def schedule_check(
 @click.option("--mfu", default=0.5, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Of its peak.")
 @click.option("--link", default=50.0, show_default=True, type=click.FloatRange(0, min_open=True), help="GB/s.")
 @click.option("--latency", default=10.0, show_default=True, type=click.FloatRange(0), help="Of a message, in us.")
+@click.option("--comm-profile", default="", help="Instead of --link and --latency: what bench comm measured; or auto.")
 @TIMES
 def schedule_compare(
     recipe: str | None,
@@ -118,6 +119,7 @@ def schedule_compare(
     mfu: float,
     link: float,
     latency: float,
+    comm_profile: str,
     times: str,
 ) -> int:
     """Bubble, memory and messages of all schedules for one layout, and the best within a limit.
@@ -148,4 +150,5 @@ def schedule_compare(
         latency=latency,
         in_flight=in_flight,
         memory=memory,
+        comm_profile=comm_profile,
     )

@@ -2,7 +2,7 @@
 
 import click
 
-from .options import DEVICE, OVERRIDES, RECIPE, RUN, WithKnobs
+from .options import DEVICE, OVERRIDES, RECIPE, RUN, Launcher, WithKnobs
 
 
 @click.command(cls=WithKnobs)
@@ -41,7 +41,7 @@ def launch() -> None:
     """Train with several ranks."""
 
 
-@launch.command("local", cls=WithKnobs)
+@launch.command("local", cls=Launcher)
 @RECIPE
 @OVERRIDES
 @click.option("--nproc", default=0, type=click.IntRange(0), help="Ranks.  [default: as many as the layout needs]")
@@ -51,10 +51,21 @@ def launch_local(recipe: str, overrides: tuple[str, ...], nproc: int, resume: bo
     """Train by a recipe with several ranks on this machine.
 
     Starts `megapre train` for each rank, as torchrun would, shows what the ranks say line by line, and ends them
-    together: upon Ctrl-C or SIGTERM, which all of them get, or when the first of them has failed.
+    together: upon Ctrl-C or SIGTERM, which all of them get, or when the first of them has failed. In place of a recipe,
+    `bench comm` or `tune comm` with all that follows it runs on the ranks instead.
+
+    \b
+    megapre launch local my-run.toml layout.tp=2 --nproc 4
+    megapre launch local --nproc 4 bench comm --layout tp=2
     """
     from ..config import load
 
+    if [recipe, *overrides[:1]] in Launcher.VERBS:
+        if nproc == 0 or resume:
+            raise click.UsageError(f"{recipe} comm needs --nproc, before it, and has nothing to resume")
+        from ..launch import local
+
+        return local.run_verb([recipe, *overrides], nproc, grace)
     cfg = load(recipe, overrides)
     from ..launch import local
 

@@ -152,6 +152,14 @@ class Layout(Section):
     overlap_products: bool = knob(
         False, description="sequence_parallel: gather and scatter piece by piece, beside the products of the pieces"
     )
+    bucket: Count = knob(
+        0,
+        "elements",
+        "gradients that are summed over the replicas together, at least; 0 = the profile's, or 25 million",
+    )
+    comm_profile: str = knob(
+        "", "path", "communication settings that `megapre tune comm` measured; auto = the user's own; empty = none"
+    )
     shard_optimizer: bool = knob(True, description="each replica keeps and updates a share of the states (ZeRO-1)")
     recompute: Annotated[tuple[Literal["norm", "activation", "block"], ...], BeforeValidator(_listed)] = knob(
         (), description="what the backward computes again instead of keeping it; block = all within a layer"

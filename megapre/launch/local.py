@@ -29,6 +29,12 @@ def run(
     return launch(command, nproc, Path(cfg.run.dir) / cfg.name / "logs", grace, environment(nproc, cfg.run.threads))
 
 
+def run_verb(words: Sequence[str], nproc: int, grace: float) -> int:
+    """Runs `megapre WORDS...`, such as bench comm, as `nproc` ranks. Their logs are in runs/VERB/logs."""
+    command = [sys.executable, "-m", "megapre", *words]
+    return launch(command, nproc, Path("runs") / "-".join(words[:2]) / "logs", grace, environment(nproc, 0))
+
+
 def environment(nproc: int, threads: int) -> dict[str, str]:
     """The environment of every rank: ours, and its share of the cores unless run.threads or the user has decided.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from .. import schedule as schedules
 from ..errors import UserError
+from ..plan import comm_profile as profiles
 from ..schedule import BUILDERS, Costs, Schedule, ScheduleError
 from ..schedule.compare import Row, best
 from ..schedule.compare import compare as rows_of
@@ -18,7 +20,8 @@ from ..schedule.compare import compare as rows_of
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..config import Config
+    from ..config import Config, Layout
+    from ..plan.link import Link
 
 GIB = 2**30
 SHOWN = 40  # problems
@@ -112,8 +115,12 @@ def compare_recipe(
     latency: float,
     in_flight: float | None = None,
     memory: float | None = None,
+    comm_profile: str = "",
 ) -> int:
-    """Prints a row for each schedule, with the costs and the memory of the recipe's model in its layout."""
+    """Prints a row for each schedule, with the costs and the memory of the recipe's model in its layout.
+
+    `link` (GB/s) and `latency` (us) are those of a message, unless `comm_profile` names a file with measured ones.
+    """
     from ..mesh import Mesh
     from ..plan import find as find_device
     from ..plan import fullest_rank
@@ -129,8 +136,10 @@ def compare_recipe(
         raise ScheduleError(f"compare: no peaks are known of --gpu {gpu!r}; known are {known}")
     peak = device.peak("bf16" if cfg.run.dtype == "fp16" else cfg.run.dtype)
     assert peak is not None, "every device has a rate for what a run can be in"
-    rates = Rates(peak * mfu, device.bandwidth, latency * 1e-6, link * 1e9)
     dp = Mesh(world, layout.tp, layout.pp, layout.cp).dp if world else layout.dp or 1
+    if comm_profile and (found := measured_link(comm_profile, device.names, layout, dp)):
+        latency, link = found.latency * 1e6, found.bandwidth / 1e9
+    rates = Rates(peak * mfu, device.bandwidth, latency * 1e-6, link * 1e9)
     counts = micro_batches or cfg.batch.micro_batches(dp)
     whole = cfg.model_copy(update={"batch": cfg.batch.model_copy(update={"global_": counts * cfg.batch.micro * dp})})
 
@@ -145,9 +154,24 @@ def compare_recipe(
     print(
         f"{cfg.name}: tp {layout.tp}, pp {layout.pp}, cp {layout.cp}, dp {dp}; {counts} micro-batches of "
         f"{cfg.batch.micro} x {cfg.batch.seq_length:,} tokens\n{device.names[0]} at {mfu:.0%} of {peak / 1e12:.0f} "
-        f"TFLOP/s, messages {link:g} GB/s + {latency:g} us\n"
+        f"TFLOP/s, messages {link:.4g} GB/s + {latency:.4g} us\n"
     )
     return _print(rows, "ms", in_flight, None if memory is None else memory * GIB)
+
+
+def measured_link(named: str, hardware: Sequence[str], layout: Layout, dp: int) -> Link | None:
+    """Between two stages, by a profile of `megapre bench comm`; warns and is None where that says nothing of this
+    hardware, by any of its names, in this layout.
+    """
+    why = ""
+    for name in hardware:
+        here: dict[str, str | int] = {"hardware": name, "tp": layout.tp, "pp": layout.pp, "cp": layout.cp, "dp": dp}
+        profile, why = profiles.find(profiles.path(named), here)
+        if profile is not None and (link := profile.links.get("pp", {}).get("send_recv")):
+            return link
+    why = why or "it has no send_recv of the pp axis; measure it with `megapre bench comm --write-profile`"
+    warnings.warn(f"the communication profile is not used: {why}", stacklevel=2)
+    return None
 
 
 def numbers(text: str, what: str) -> tuple[int, ...]:

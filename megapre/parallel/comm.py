@@ -14,6 +14,7 @@ Groups of one rank have no communicator, and a world of one rank has no process 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -80,12 +81,15 @@ class Options:
     """How the communicators of an axis are made.
 
     timeout: seconds until a stuck operation is an error. CUDA only: high_priority, whether kernels of the communicator
-    run before those of other streams; nccl, fields of `ncclConfig_t` such as min_ctas, max_ctas, cga_cluster_size.
+    run before those of other streams; nccl, fields of `ncclConfig_t` such as min_ctas, max_ctas, cga_cluster_size;
+    environment, variables that NCCL reads while it makes a communicator, such as NCCL_ALGO and NCCL_PROTO
+    (ncclTopoTuneModel in NCCL's src/graph/tuning.cc): they are set meanwhile.
     """
 
     timeout: float = TIMEOUT
     high_priority: bool = False
     nccl: Mapping[str, int] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Spec(NamedTuple):
@@ -283,23 +287,52 @@ def connect(
     )
 
 
+def remake(mesh: Mesh, axis: str, rank: int, device: torch.device, options: Options) -> Group:
+    """The group of `axis` ("tp", "cp", "dp", "dp_cp" or "pp") that `rank` is in, made once more with other options; by
+    all ranks. Raises CommError where it could not be made, and where the axis has one rank.
+    """
+    own = None
+    for spec in order(mesh):
+        if spec.axis == axis:
+            own = _made(spec, rank, device, options) or own
+    if own is None:
+        raise CommError(f"the {axis} axis has no groups of several ranks in\n{mesh}")
+    return own
+
+
+@contextmanager
+def _variables(environment: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables that are set within; NCCL reads those of the process."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _made(spec: Spec, rank: int, device: torch.device, options: Options) -> Group | None:
     """The group, if `rank` is in it. Every rank must call this: torch counts groups to name them."""
     cuda = device.type == "cuda"
     try:
-        handle = dist.new_group(
-            list(spec.ranks),
-            timeout=timedelta(seconds=options.timeout),
-            backend="nccl" if cuda else "gloo",
-            pg_options=nccl_options(options) if cuda and rank in spec.ranks else None,
-            group_desc=spec.axis,
-            device_id=device if cuda else None,
-        )
-        if rank not in spec.ranks:
-            return None
-        ranks = tuple(sorted(spec.ranks))  # as torch numbers them, whatever the order given
-        group = Group(ranks, ranks.index(rank), handle)
-        _use(spec, group, device)
+        with _variables(options.environment if cuda else {}):
+            handle = dist.new_group(
+                list(spec.ranks),
+                timeout=timedelta(seconds=options.timeout),
+                backend="nccl" if cuda else "gloo",
+                pg_options=nccl_options(options) if cuda and rank in spec.ranks else None,
+                group_desc=spec.axis,
+                device_id=device if cuda else None,
+            )
+            if rank not in spec.ranks:
+                return None
+            ranks = tuple(sorted(spec.ranks))  # as torch numbers them, whatever the order given
+            group = Group(ranks, ranks.index(rank), handle)
+            _use(spec, group, device)
     except RuntimeError as error:  # of which torch's DistError is one
         raise CommError(f"rank {rank}: the {spec.axis} group of ranks {_short(spec.ranks)} failed: {error}") from error
     return group

@@ -6,12 +6,14 @@ No torch: everything here is worked out from the config alone, for any layout, o
 from .box import render
 from .flops import per_token
 from .hardware import Device, find
+from .link import Link
 from .memory import Memory, fullest_rank
 from .params import Parameters, count
 from .prediction import Plan, predict
 
 __all__ = [
     "Device",
+    "Link",
     "Memory",
     "Parameters",
     "Plan",

@@ -129,8 +129,8 @@ def test_nested_tables_are_made_and_taken_away() -> None:
         ("data.train=[{prefx='a'}]", "data.train.0.prefx: no such key; did you mean data.train.0.prefix?"),
         (
             "layout.zz=1",
-            "layout.zz: no such key; known here: balance, cp, dp, group, overlap_products, pp, recompute, "
-            "recompute_group, recompute_layers, schedule, sequence_parallel, shard_optimizer, stages, tp, vpp",
+            "layout.zz: no such key; known here: balance, bucket, comm_profile, cp, dp, group, overlap_products, pp, "
+            "recompute, recompute_group, recompute_layers, schedule, sequence_parallel, shard_optimizer, stages, tp, vpp",
         ),
         ("model.layers=many", "model.layers: must be a whole number, got 'many'"),
         ("model.layers=1.5", "model.layers: must be a whole number, got 1.5"),
