@@ -130,7 +130,8 @@ def test_nested_tables_are_made_and_taken_away() -> None:
         (
             "layout.zz=1",
             "layout.zz: no such key; known here: balance, bucket, comm_profile, cp, dp, group, overlap_products, pp, "
-            "recompute, recompute_group, recompute_layers, schedule, sequence_parallel, shard_optimizer, stages, tp, vpp",
+            "recompute, recompute_group, recompute_layers, schedule, sequence_parallel, "
+            "shard_optimizer, stages, tp, vpp",
         ),
         ("model.layers=many", "model.layers: must be a whole number, got 'many'"),
         ("model.layers=1.5", "model.layers: must be a whole number, got 1.5"),
