@@ -297,6 +297,9 @@ class Run(Section):
     compile: bool = knob(False, description="torch.compile the model")
     cuda_graph: bool = knob(False, description="record a step once and replay it; CUDA, one rank")
     tensorboard: bool = knob(True, description="write TensorBoard events into the run folder")
+    trace: Annotated[tuple[Size, ...], BeforeValidator(_listed)] = knob(
+        (), "steps", "whose actions are timed on every rank and drawn into traces/"
+    )
 
 
 class Config(Section):

@@ -71,7 +71,7 @@ def show(
     if png:
         from ..schedule.picture import write_picture
 
-        write_picture(timeline, png)
+        write_picture({"": timeline}, png)
     for path in filter(None, (save, trace, png)):
         print(f"written: {path}")
     return 0

@@ -10,6 +10,7 @@
         logs/rank0.log       what was printed, and what each other rank would have: rank1.log, ...
         logs/rank0.out       all that the rank wrote to its terminal, where a launcher has started it
         tensorboard/         events
+        traces/              timelines of the steps that run.trace names
         loss.png             the loss curve (written at the end)
 
 One process owns a run folder at a time, rank 0 of a run: it holds a lock on `.lock`, which the kernel frees when the
@@ -129,6 +130,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def traces(self) -> Path:
+        return self.path / "traces"
 
     @property
     def metrics(self) -> Path:

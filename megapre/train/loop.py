@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from megapre.data import build_loader
 from megapre.optim.schedules import lr_at
 from megapre.parallel.comm import blaming_others, first_alone, gathered, join, leave, place, together
+from megapre.parallel.trace import Trace
 
-from . import machine
+from . import machine, tracing
 from .end import conclude
 from .evaluate import validate
 from .folder import RunFolder
@@ -158,13 +159,16 @@ def train(
         begin = machine.now(device)
         batch = next(loader)
         lr = lr_at(progress.step + 1, cfg.optim, cfg.run.steps)
-        result = engine.step(batch, lr, stop=vote.asked)
+        trace = Trace(engine.groups.world, device) if progress.step + 1 in cfg.run.trace else None
+        result = engine.step(batch, lr, trace, vote.asked)
         stops = result.stops
         progress.step += 1
         progress.consumed_samples += batch.samples
         report.add(Timed(progress.step, lr, result, begin, machine.now(device)))
 
         last = progress.step == cfg.run.steps
+        if trace is not None:
+            tracing.write(trace, progress.step, engine, saver.folder, saver.screen)
         if last or progress.step == first or due(progress.step, cfg.run.log_every):
             report.flush()
         if valid is not None and (last or due(progress.step, cfg.run.eval_every)):

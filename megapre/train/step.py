@@ -133,7 +133,7 @@ class Engine:
         """Forward and backward of every micro-batch of `batch`, this rank's share, then one update at rate `lr`.
 
         `stop`: this rank has been asked to stop, which the result tells all of them. The result is the same on every
-                rank. Raises DataError for a token outside the vocabulary, PipelineError and GraphError.
+        rank. Raises DataError for a token outside the vocabulary, PipelineError and GraphError.
         """
         self.feed.take(batch, self._valid_tokens(batch), stop)
         self.optimizer.lr.fill_(lr)
@@ -150,7 +150,10 @@ class Engine:
             exchange.ready()
         self.flat.begin_step()
         self.executor.run(trace)
+        phase = _nothing if trace is None else trace.phase
+        phase("sum of gradients")
         self.flat.finish_step()
+        phase("norm and loss")
         counted = self.flat.counted()
         norm = self.ops.grad_norm(counted) if counted else torch.zeros_like(self.feed.total)
         loss, norm, stops = self._over_all_ranks(self.feed.total, norm)
@@ -160,11 +163,14 @@ class Engine:
         factor = clip_factor(norm, self.cfg.optim.clip)
         if scale is not None:
             factor = (1.0 if factor is None else factor) / scale
+        phase("update")
         self.optimizer.step(None, factor, skipped)
         if self.loss_scale is not None:
             self.loss_scale.update(skipped)
         if exchange is not None:
+            phase("parameters handed round")
             exchange.gather()
+        phase("")
         return StepResult(loss, norm, skipped, stops, scale)
 
     def evaluate(self, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
@@ -204,3 +210,7 @@ class Engine:
         sums[1] **= 2
         dist.all_reduce(sums, group=self.groups.world.handle)
         return sums[0].float(), sums[1].sqrt().float(), sums[2].float()
+
+
+def _nothing(_: str) -> None:
+    """For a step that nobody traces."""

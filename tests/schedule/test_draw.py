@@ -88,8 +88,8 @@ def test_picture_has_a_row_for_each_rank(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from megapre.schedule.picture import write_picture
 
-    write_picture(timeline("dualpipev", 2, 2, 5), tmp_path / "a.png")
-    write_picture(timeline("gpipe", 6, 1, 40), tmp_path / "b.png", unit="ms")
+    write_picture({"": timeline("dualpipev", 2, 2, 5)}, tmp_path / "a.png")
+    write_picture({"": timeline("gpipe", 6, 1, 40)}, tmp_path / "b.png", unit="ms")
     sizes = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png")]
     heights = [int.from_bytes(data[20:24]) for data in sizes]
     assert all(data.startswith(b"\x89PNG") for data in sizes) and heights[1] > heights[0]

@@ -1,5 +1,6 @@
 """A run on several ranks: the same run as on one, in one folder, stopped and resumed together."""
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -160,6 +161,36 @@ def test_all_ranks_pass_over_a_damaged_checkpoint(run_on: RunOn, tiny: Tiny, tmp
     for told, step in run_on(2, damaged, cfg):
         assert victim.name in told and "damaged" in told and step == "6"
     assert older.name == "step_00000006"
+
+
+def test_chosen_steps_are_traced(run_on: RunOn, tiny: Tiny, tmp_path: Path) -> None:
+    cfg = tiny("layout.pp=2", "layout.dp=2", "batch.micro=1", "run.trace=[2,4]", "run.steps=4")
+    assert run_on(4, train, cfg) == [0] * 4
+    traces = tmp_path / "run" / "traces"
+    assert {path.name for path in traces.iterdir()} == {
+        f"step_0000000{step}.{ending}" for step in (2, 4) for ending in ("json", "png")
+    }
+    events = json.loads((traces / "step_00000004.json").read_text())["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert list(names.values()) == [
+        "1f1b, measured, ranks 0, 2",
+        "1f1b, measured, ranks 1, 3",
+        "1f1b, simulated with the times of the first",
+    ]
+    for pipeline in (0, 1):
+        for rank in (0, 1):
+            spans = [e for e in events if e["ph"] == "X" and (e["pid"], e["tid"]) == (pipeline, rank)]
+            ends = [event["ts"] + event["dur"] for event in spans]
+            assert all(end <= event["ts"] + 1e-3 for end, event in zip(ends, spans[1:], strict=False))
+            assert sum(event["cat"] in ("forward", "backward") for event in spans) == 2 * cfg.batch.micro_batches(2)
+            assert [event["name"] for event in spans if event["cat"] == "end of the step"] == [
+                "sum of gradients",
+                "norm and loss",
+                "update",
+                "parameters handed round",
+            ]
+    log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
+    assert log.count("traced step") == 2 and (traces / "step_00000002.png").read_bytes().startswith(b"\x89PNG")
 
 
 def timed(cfg: Config) -> dict[str, Any]:
