@@ -147,7 +147,8 @@ def weight_gradients(
     """
     sink = sink_in_backward(weight)
     if sink is not None and (bias is None or sink_in_backward(bias) is not None):
-        sink.when_due(lambda: _into_sinks(dy, x, weight, bias))
+        values = x.detach()  # a call for later must not keep the graph that made x, and all that hangs on it
+        sink.when_due(lambda: _into_sinks(dy, values, weight, bias))
         return None, None
     needs = (False, weight.requires_grad, bias is not None and bias.requires_grad)
     _, dweight, dbias = _backward(dy, x, weight, *needs)

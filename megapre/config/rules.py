@@ -169,20 +169,22 @@ def _even(layers: int, stages: int) -> str:
 
 
 CHUNKS: Mapping[str, tuple[int, float]] = {
+    "gpipe": (1, math.inf),
     "1f1b": (1, 1),
     "interleaved": (2, math.inf),
+    "breadth_first": (1, math.inf),
     "zb_h1": (1, 1),
     "zbv": (2, 2),
     "dualpipev": (2, 2),
 }
-"""Chunks a rank that a schedule has an order for, at least and at most; those not named here take any."""
+"""The schedules that have a name, and the chunks a rank that they have an order for, at least and at most."""
 
 
 def _schedule(layout: "Layout", batch: "Batch") -> Problems:
     name, pp, vpp = layout.schedule, layout.pp, layout.vpp
     least, most = CHUNKS.get(name, (1, math.inf))
     if not least <= vpp <= most:
-        others = [other for other, (low, high) in CHUNKS.items() if low <= vpp <= high]
+        others = [other for other, (low, high) in CHUNKS.items() if low <= vpp <= high and not low == 1 < high]
         exactly = "at least" if most == math.inf else "exactly"
         yield (
             f"layout: schedule {name!r} needs {exactly} {least} chunk{'s' if least > 1 else ''} a rank, but vpp = "

@@ -6,7 +6,8 @@ Types are strict (a string is no number), but a whole float such as 1e4 is an in
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from . import rules
 from .errors import ConfigError
@@ -29,6 +30,16 @@ def _listed(value: object) -> object:
     if isinstance(value, list | tuple):
         return tuple(value)
     return (value,) if isinstance(value, str | dict | BaseModel) else value
+
+
+def _schedule(name: str) -> str:
+    """A schedule that there is, or what can be the name of a file."""
+    if name in rules.CHUNKS or "/" in name or "." in name:
+        return name
+    names = [f"'{known}'" for known in rules.CHUNKS]
+    raise PydanticCustomError(
+        "literal_error", "{expected}", {"expected": f"{', '.join(names)} or a file such as schedules/mine.txt"}
+    )
 
 
 Size = Annotated[int, BeforeValidator(_whole), Field(ge=1, lt=2**31)]
@@ -138,8 +149,11 @@ class Layout(Section):
     vpp: Size = knob(1, "chunks", "pipeline chunks a rank (virtual stages)")
     cp: Size = knob(1, "ranks", "context parallelism; 1 alone: no attention here reads keys of another rank")
     dp: Count = knob(0, "ranks", "data parallelism; 0 = world / (tp * pp * cp)")
-    schedule: Literal["gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zbv", "dualpipev"] = knob(
-        "1f1b", description="order of micro-batches in the pipeline; unless given, with vpp > 1 it is interleaved"
+    schedule: Annotated[str, AfterValidator(_schedule)] = knob(
+        "1f1b",
+        "name or path",
+        f"order of micro-batches in the pipeline: {', '.join(rules.CHUNKS)}, or a schedule's file, whose name has a . "
+        f"or /; unless given, with vpp > 1 it is interleaved",
     )
     group: Count = knob(
         0, "micro-batches", "interleaved: that pass a chunk before the next chunk's turn; 0 = fewest, mostly pp"
@@ -188,6 +202,11 @@ class Batch(Section):
     micro: Size = knob(1, "sequences", "in one micro-batch on one rank")
     global_: Size = knob(unit="sequences", description="in one step, over all ranks", alias="global")
     seq_length: Size = knob(unit="tokens", description="in a sequence")
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of one micro-batch on one rank."""
+        return self.micro * self.seq_length
 
     @property
     def tokens(self) -> int:

@@ -16,8 +16,8 @@ from ..errors import UserError
 from ..mesh import Mesh
 from ..plan import find, predict, render
 from ..plan.box import gib
-from ..plan.memory import stage_memory
-from ..plan.partition import balanced, costs, layers_of_stages
+from ..plan.memory import all_ranks
+from ..plan.partition import balanced, costs, layers_of_stages, schedule_of
 from ..plan.stages import Rates, stage_costs
 from ..schedule.draw import draw, summary
 
@@ -45,12 +45,11 @@ def run(cfg: Config, world: int = 0) -> int:
     """
     layout = cfg.layout
     mesh = Mesh.of(layout, world or layout.model_parallel * max(layout.dp, 1))
-    micro_batches = cfg.batch.micro_batches(mesh.dp)
     device = find(GPU)
     assert device is not None
     rates = Rates(device.bf16 * MFU, device.bandwidth)
-    actions = schedule.build(layout.schedule, layout.pp, layout.vpp, micro_batches, layout.group or None)
-    timeline = schedule.simulate(schedule.checked(actions), stage_costs(cfg, layout.vpp, rates))
+    actions = schedule.checked(schedule_of(cfg, mesh.dp))
+    timeline = schedule.simulate(actions, stage_costs(cfg, layout.vpp, rates, actions.placement))
     print(render(predict(cfg, mesh, "cuda", GPU)))
     if layout.pp == 1:
         return 0
@@ -67,19 +66,19 @@ def stage_table(cfg: Config, mesh: Mesh, actions: schedule.Schedule) -> list[str
 
     Where the ranks' work is unequal, a last line says what stages would balance it.
     """
-    cut, (one, first, last) = layers_of_stages(cfg), costs(cfg)
+    cut, (one, first, last) = layers_of_stages(cfg, placement=actions.placement), costs(cfg)
     bounds = [0, *accumulate(cut)]
     work = [n * one + first * (s == 0) + last * (s == len(cut) - 1) for s, n in enumerate(cut)]
     held = [[actions.stage_of(rank, chunk) for chunk in range(actions.chunks)] for rank in range(actions.ranks)]
     totals = [sum(work[stage] for stage in stages) for stages in held]
     rows = [("rank", "layers", "work", "memory")]
+    memory = all_ranks(cfg, mesh.dp, "cuda", plan=actions)
     for rank, stages in enumerate(held):
         parts = []
         for stage in stages:
             part = f"{bounds[stage]}-{bounds[stage + 1] - 1}" if cut[stage] > 1 else f"{bounds[stage]}"
             parts.append(f"{'embedding + ' if stage == 0 else ''}{part}{' + head' if stage == len(cut) - 1 else ''}")
-        memory = stage_memory(cfg, rank, mesh.dp * mesh.cp, "cuda").total
-        rows.append((f"pp {rank}", ", ".join(parts), f"{totals[rank] / sum(totals):.1%}", gib(memory)))
+        rows.append((f"pp {rank}", ", ".join(parts), f"{totals[rank] / sum(totals):.1%}", gib(memory[rank].total)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["   ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     ranks = [actions.holder(stage)[0] for stage in range(len(cut))]

@@ -39,7 +39,7 @@ class Sizes:
 
 def find(name: str, ranks: int, chunks: int, micro_batches: int, group: int) -> Schedule:
     """The schedule of that name in these sizes, 0 being the fewest it can have; or what the file of that name holds."""
-    if name not in BUILDERS and (Path(name).suffix or Path(name).exists()):
+    if name not in BUILDERS and ("." in name or "/" in name or Path(name).exists()):
         return schedules.read(name)
     least = BUILDERS[name].least if name in BUILDERS else 1
     return schedules.build(name, ranks, chunks or least, micro_batches, group=group or None)
@@ -99,7 +99,7 @@ def compare(sizes: Sizes, times: str, in_flight: float | None = None, memory: fl
     """Prints a row for each schedule, with the same costs for every rank."""
     if memory is not None:
         raise ScheduleError("compare: --memory needs a RECIPE, whose model gives the bytes; without, use --in-flight")
-    rows = rows_of(sizes.ranks, sizes.micro_batches, sizes.chunks, lambda chunks: _equal(sizes.ranks, chunks, times))
+    rows = rows_of(sizes.ranks, sizes.micro_batches, sizes.chunks, lambda plan: equal_costs(plan, times))
     print(f"{sizes.ranks} ranks, {sizes.micro_batches} micro-batches, messages cost nothing\n")
     return _print(rows, "", in_flight, None)
 
@@ -141,15 +141,14 @@ def compare_recipe(
         latency, link = found.latency * 1e6, found.bandwidth / 1e9
     rates = Rates(peak * mfu, device.bandwidth, latency * 1e-6, link * 1e9)
     counts = micro_batches or cfg.batch.micro_batches(dp)
-    whole = cfg.model_copy(update={"batch": cfg.batch.model_copy(update={"global_": counts * cfg.batch.micro * dp})})
-
-    def bytes_of(name: str, count: int) -> float:
-        placed = layout.model_copy(update={"schedule": name, "vpp": count, "dp": dp})
-        return fullest_rank(whole.model_copy(update={"layout": placed}), dp * layout.cp, "cuda").total
-
     tried = numbers(chunks, "chunks") if chunks else (max(layout.vpp, 2),)
     rows = rows_of(
-        layout.pp, counts, tried, lambda count: stage_costs(cfg, count, rates), bytes_of, layout.group or None
+        layout.pp,
+        counts,
+        tried,
+        lambda plan: stage_costs(cfg, plan.chunks, rates, plan.placement),
+        lambda plan: fullest_rank(cfg, dp, "cuda", plan=plan).total,
+        layout.group or None,
     )
     print(
         f"{cfg.name}: tp {layout.tp}, pp {layout.pp}, cp {layout.cp}, dp {dp}; {counts} micro-batches of "
@@ -183,16 +182,12 @@ def numbers(text: str, what: str) -> tuple[int, ...]:
 
 
 def equal_costs(schedule: Schedule, times: str, latency: float = 0.0) -> Costs:
-    return _equal(schedule.ranks, schedule.chunks, times, latency)
-
-
-def _equal(ranks: int, chunks: int, times: str, latency: float = 0.0) -> Costs:
     """The times of a rank's whole share of the model, an equal part of them for each of its chunks."""
     try:
-        forward, of_input, of_weights = (float(word) / chunks for word in times.split(","))
+        forward, of_input, of_weights = (float(word) / schedule.chunks for word in times.split(","))
     except ValueError:
         raise ScheduleError(f"--times {times!r}: three numbers, of F, I and W, as in 1,1,1") from None
-    return Costs.of(ranks * chunks, forward, of_input, of_weights, latency=latency)
+    return Costs.of(schedule.stages, forward, of_input, of_weights, latency=latency)
 
 
 def _print(rows: Sequence[Row], unit: str, in_flight: float | None, memory: float | None) -> int:

@@ -3,7 +3,8 @@
 The optimizer, the gradient norm and (with several ranks) the collectives want few long vectors, the model wants many
 small tensors. Both get theirs: every parameter becomes a view into a contiguous buffer, one for the parameters that
 decay and one for those that do not, laid out in reverse order of use. That is the order in which gradients appear in
-the backward, so that a bucket, a consecutive cut of the buffer, is complete as early as possible.
+the backward, so that a bucket, a consecutive cut of the buffer, is complete as early as possible. Gaps between
+parameters (megapre.plan.flat) hold zeros, whose gradient is zero and whose AdamW update is therefore zero.
 
     dtype of the model   param buffer   master                     grad
     bf16                 bf16           fp32, own                  fp32: micro-batches are added up in fp32; or bf16
@@ -25,19 +26,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from megapre.plan.flat import BUCKET_ELEMENTS, lay_out
+
 from .comm import Group
 from .exchange import Exchange, sum_together
-
-# Each parameter starts at a multiple of 64 elements: 128 bytes in bf16, the widest vector or sector of any device we
-# run on. The gap holds zeros, whose gradient is zero and whose AdamW update is therefore zero.
-ALIGNMENT = 64
-# 25M elements are 100 MB of fp32 gradient: long enough to reach full bandwidth, short enough to overlap.
-BUCKET_ELEMENTS = 25_000_000
 
 
 @dataclass(frozen=True)
@@ -106,19 +104,14 @@ class FlatGroup:
         shards: Group,
     ) -> None:
         self.decays, self.share, self.shards = decays, share, shards
-        self.slots: dict[str, Slot] = {}
-        self.buckets: list[Bucket] = []
-        unit = ALIGNMENT * shards.size
-        end, begun, names = 0, 0, []
-        for name, parameter in parameters:
-            start, stop = end, end + parameter.numel()
-            self.slots[name] = Slot(name, parameter.shape, start, stop)
-            names.append(name)
-            end = -(-stop // ALIGNMENT) * ALIGNMENT
-            if end - begun >= bucket_elements or len(self.slots) == len(parameters):
-                end = begun + -(-(stop - begun) // unit) * unit
-                self.buckets.append(Bucket(begun, end, tuple(names)))
-                begun, names = end, []
+        cut = lay_out([parameter.numel() for _, parameter in parameters], shards.size, bucket_elements)
+        self.slots = {
+            name: Slot(name, parameter.shape, start, start + parameter.numel())
+            for (name, parameter), start in zip(parameters, cut.starts, strict=True)
+        }
+        names = iter(self.slots)
+        self.buckets = [Bucket(start, stop, tuple(islice(names, held))) for start, stop, held in cut.buckets]
+        end = cut.elements
         dtypes = {parameter.dtype for _, parameter in parameters}
         devices = {parameter.device for _, parameter in parameters}
         if len(dtypes) != 1 or len(devices) != 1:

@@ -3,6 +3,7 @@
 Legend: H hidden, N query heads, K key-value heads, D head dim, F ffn width, V vocabulary, L layers.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..config import Model
@@ -28,6 +29,14 @@ class Layer(NamedTuple):
     matrices: int
 
 
+class Parameter(NamedTuple):
+    """`elements` on one rank; `matrix`: whether it has two dimensions, and hence decays."""
+
+    name: str
+    elements: int
+    matrix: bool
+
+
 def count(model: Model) -> Parameters:
     """Parameters of the whole model, each once, with the true vocabulary (no padded rows)."""
     one = layer(model)
@@ -37,31 +46,49 @@ def count(model: Model) -> Parameters:
         positions=model.context * model.hidden if model.positions == "learned" else 0,
         attention=model.layers * one.attention,
         ffn=model.layers * one.ffn,
-        norms=model.layers * one.norms + norm(model),
+        norms=model.layers * one.norms + sum(parameter.elements for parameter in norm_parameters("norm", model)),
         head=0 if model.tied else table,
     )
 
 
-def norm(model: Model) -> int:
-    """Parameters of one norm over H: a weight, and for layernorm a bias."""
-    return model.hidden * (2 if model.norm == "layernorm" and model.bias else 1)
-
-
 def layer(model: Model, tp: int = 1) -> Layer:
-    """Parameters of one layer on one of `tp` tensor-parallel ranks.
+    """Parameters of one layer on one of `tp` tensor-parallel ranks."""
+    of = {"attention": 0, "ffn": 0, "norms": 0}
+    matrices = 0
+    for name, elements, matrix in layer_parameters(model, tp):
+        of["norms" if "norm" in name else "attention" if name.startswith("attn.") else "ffn"] += elements
+        matrices += elements if matrix else 0
+    return Layer(**of, matrices=matrices)
+
+
+def layer_parameters(model: Model, tp: int = 1) -> Iterator[Parameter]:
+    """Those of one layer on one of `tp` tensor-parallel ranks, named within their block, in the order of use.
 
     Column-parallel: qkv [(N+2K)D, H], up or gate and up; row-parallel: out [H, ND], down. Their biases are cut with the
     rows, so those of out and down are whole everywhere, as norms are. With K < tp a rank holds one key-value head.
     """
-    h, f = model.hidden, model.ffn // tp
-    q = model.heads // tp * model.head_dim
+    h, f, q = model.hidden, model.ffn // tp, model.heads // tp * model.head_dim
     qkv = q + 2 * max(model.kv_heads // tp, 1) * model.head_dim
-    up = 2 * f if model.gated else f
-    attention, ffn = h * qkv + q * h, h * up + f * h
-    bias = 1 if model.bias else 0
-    return Layer(
-        attention=attention + bias * (qkv + h),
-        ffn=ffn + bias * (up + h),
-        norms=2 * norm(model) + (2 * model.head_dim if model.qk_norm else 0),
-        matrices=attention + ffn,
-    )
+    up, rows = ("mlp.gate_up", 2 * f) if model.gated else ("mlp.up", f)
+    yield from norm_parameters("norm1", model)
+    yield from _linear("attn.qkv", h, qkv, model.bias)
+    if model.qk_norm:
+        yield Parameter("attn.q_norm.weight", model.head_dim, False)
+        yield Parameter("attn.k_norm.weight", model.head_dim, False)
+    yield from _linear("attn.out", q, h, model.bias)
+    yield from norm_parameters("norm2", model)
+    yield from _linear(up, h, rows, model.bias)
+    yield from _linear("mlp.down", f, h, model.bias)
+
+
+def norm_parameters(name: str, model: Model) -> Iterator[Parameter]:
+    """Of one norm over H: a weight, and for layernorm a bias."""
+    yield Parameter(f"{name}.weight", model.hidden, False)
+    if model.norm == "layernorm" and model.bias:
+        yield Parameter(f"{name}.bias", model.hidden, False)
+
+
+def _linear(name: str, ins: int, outs: int, bias: bool) -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", ins * outs, True)
+    if bias:
+        yield Parameter(f"{name}.bias", outs, False)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..config import Config
 from ..errors import UserError
-from ..schedule import BUILDERS, holder
+from ..schedule import Placement, Schedule, holder, named, placement_of
 from . import params
 
 FLOPS_PER_BYTE = 148
@@ -20,11 +20,20 @@ class StageError(UserError):
     """A model that cannot be cut into so many stages."""
 
 
-def layers_of_stages(cfg: Config, chunks: int = 0) -> tuple[int, ...]:
-    """Layers of each stage in model order, for `chunks` a rank (0: layout.vpp).
+def schedule_of(cfg: Config, dp: int) -> Schedule:
+    """The order in which a step of `cfg` runs, of `dp` replicas. Raises ScheduleError, and ConfigError where the batch
+    cannot be cut so.
+    """
+    layout = cfg.layout
+    return named(layout.schedule, layout.pp, layout.vpp, cfg.batch.micro_batches(dp), layout.group or None)
+
+
+def layers_of_stages(cfg: Config, chunks: int = 0, placement: Placement | None = None) -> tuple[int, ...]:
+    """Layers of each stage in model order, for `chunks` a rank (0: layout.vpp) that lie so (None: as the layout's
+    schedule has them).
 
     These are layout.stages; else balanced with layout.balance; else equal. Raises StageError where the layers cannot be
-    cut so.
+    cut so, and ScheduleError.
     """
     layout, layers = cfg.layout, cfg.model.layers
     chunks = chunks or layout.vpp
@@ -35,16 +44,9 @@ def layers_of_stages(cfg: Config, chunks: int = 0) -> tuple[int, ...]:
         raise StageError(f"{layers} layers % ({layout.pp} * {chunks}) = {layers % stages}")
     if not layout.balance:
         return (layers // stages,) * stages
-    placement = BUILDERS[layout.schedule].placement
+    placement = placement or placement_of(layout.schedule)
     ranks = [holder(stage, layout.pp, placement)[0] for stage in range(stages)]
     return balanced(layers, ranks, *costs(cfg))
-
-
-def layers_of_rank(cfg: Config, rank: int) -> tuple[int, ...]:
-    """Layers of each chunk of pipeline rank `rank`."""
-    placement = BUILDERS[cfg.layout.schedule].placement
-    held = [(holder(stage, cfg.layout.pp, placement), layers) for stage, layers in enumerate(layers_of_stages(cfg))]
-    return tuple(layers for (holds, _), layers in held if holds == rank)
 
 
 def costs(cfg: Config) -> tuple[int, int, int]:

@@ -14,8 +14,6 @@ class Grid(Protocol):
     def world(self) -> int: ...
     @property
     def dp(self) -> int: ...
-    @property
-    def cp(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Plan:
 def predict(cfg: Config, mesh: Grid, device: str = "cpu", name: str = "", fused_loss: bool = True) -> Plan:
     """The plan of `cfg`, whose vocabulary must be known, on `mesh` with devices of type `device` ("cpu" or "cuda") that
     the driver calls `name`. `fused_loss`: whether cross-entropy is one kernel there. Raises ConfigError where the batch
-    cannot be cut over the mesh.
+    cannot be cut over the mesh, StageError and ScheduleError.
     """
     found = hardware.find(name)
     return Plan(
@@ -77,6 +75,6 @@ def predict(cfg: Config, mesh: Grid, device: str = "cpu", name: str = "", fused_
         micro_batches=cfg.batch.micro_batches(mesh.dp),
         flops_per_token=flops.per_token(cfg.model, cfg.batch.seq_length),
         flops_per_token_full=flops.per_token(cfg.model, cfg.batch.seq_length, "full"),
-        memory=memory.fullest_rank(cfg, mesh.dp * mesh.cp, device, fused_loss),
+        memory=memory.fullest_rank(cfg, mesh.dp, device, fused_loss),
         peak=found.peak(cfg.run.dtype) if found else None,
     )

@@ -8,9 +8,9 @@ embedding, which costs no FLOPs but memory traffic.
 from dataclasses import dataclass
 
 from ..config import Config
-from ..schedule import Costs
+from ..schedule import Costs, Placement
 from . import params
-from .memory import ELEMENT, chunk_activations
+from .activations import ELEMENT, stage_activations
 from .partition import StageError, layers_of_stages
 
 MICRO, GIGA = 1e-6, 1e9
@@ -26,16 +26,18 @@ class Rates:
     link: float = 50 * GIGA
 
 
-def stage_costs(cfg: Config, chunks: int, rates: Rates) -> Costs:
-    """Seconds and bytes of one micro-batch on each of pp * chunks stages, on one tensor-parallel rank.
+def stage_costs(cfg: Config, chunks: int, rates: Rates, placement: Placement | None = None) -> Costs:
+    """Seconds and bytes of one micro-batch on each of pp * chunks stages, on one tensor-parallel rank. Where the stages
+    lie matters to what balances them; None is where the layout's schedule has them.
 
     Raises StageError where the layers cannot be cut so, or the vocabulary is not known.
     """
     model, layout = cfg.model, cfg.layout
-    cut = layers_of_stages(cfg, chunks)
+    cut = layers_of_stages(cfg, chunks, placement)
     if model.vocab == 0:
         raise StageError("model: vocab = 0 is that of the data's tokenizer; set model.vocab to count the head")
-    stages, tokens = len(cut), cfg.batch.micro * cfg.batch.seq_length // layout.cp
+    stages, tokens = len(cut), cfg.batch.micro_tokens
+    activations = stage_activations(cfg, cut)
     share = tokens / (rates.flops * layout.tp)
     matrices = 2 * params.layer(model).matrices * share
     scores = 2 * cfg.batch.seq_length * model.heads * model.head_dim * share  # causal, counted as half
@@ -58,7 +60,8 @@ def stage_costs(cfg: Config, chunks: int, rates: Rates) -> Costs:
         ],
         weights=each(matrices, first=add_up, last=head),
         message=element * stream,
-        kept=[chunk_activations(cfg, n)[0] + 8 * tokens * (stage == 0) for stage, n in enumerate(cut)],
+        kept=[kept.whole for kept in activations],
+        kept_for_weights=[kept.for_weights for kept in activations],
         latency=rates.latency,
         bandwidth=rates.link,
     )

@@ -4,16 +4,19 @@ A schedule is built from a name or read from a file, checked, simulated, drawn a
 one rank it is gradient accumulation.
 """
 
-from .actions import Action, Schedule, ScheduleError, holder, stage_of
+from .actions import Action, Placement, Schedule, ScheduleError, holder, stage_of
 from .build import BUILDERS, build
-from .check import check, checked, peak_in_flight
+from .check import check, checked
 from .files import read, write
+from .held import peak_in_flight
+from .named import named, placement_of
 from .simulate import Costs, Timeline, simulate
 
 __all__ = [
     "BUILDERS",
     "Action",
     "Costs",
+    "Placement",
     "Schedule",
     "ScheduleError",
     "Timeline",
@@ -21,7 +24,9 @@ __all__ = [
     "check",
     "checked",
     "holder",
+    "named",
     "peak_in_flight",
+    "placement_of",
     "read",
     "simulate",
     "stage_of",

@@ -7,16 +7,17 @@ rank to a rank does for activations and gradients, though on two ranks interleav
 activation and want it after, and on a V both travel from each rank to each neighbour. Among the activations, and among
 the gradients, such waiting is refused here: it takes memory, and it shows that two ranks disagree on an order.
 
-An activation is kept from its F to its B, or to its W where the backward is split. A schedule in which every action
-comes once and nothing waits for ever therefore frees all of them by its end.
+An activation is kept from its F to its B or W (held.py). A schedule in which every action comes once and nothing waits
+for ever therefore frees all of them by its end.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from itertools import zip_longest
 from typing import TypeAlias
 
 from .actions import Action, Schedule, ScheduleError
+from .held import HELD
 from .routes import OUTPUT, PHASE, Routes, event_name, routes
 
 Channel: TypeAlias = tuple[int, int, int]
@@ -24,9 +25,6 @@ Channel: TypeAlias = tuple[int, int, int]
 
 SHOWN = 10
 """Problems that an error names."""
-
-HELD: Mapping[str, int] = {"F": 1, "B": -1, "I": 0, "W": -1}
-"""What an action does to the number of activations on its rank."""
 
 
 def check(schedule: Schedule, in_flight: int | None = None, unreceived: int | None = None) -> list[str]:
@@ -46,22 +44,11 @@ def check(schedule: Schedule, in_flight: int | None = None, unreceived: int | No
 
 def checked(schedule: Schedule) -> Schedule:
     """The schedule itself. Raises ScheduleError with what is wrong where `check` objects."""
-    problems = check(schedule)
-    if problems:
+    if problems := check(schedule):
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         lines = [f"  - {line}" for line in [*problems[:SHOWN], *more]]
         raise ScheduleError("\n".join([f"schedule {schedule.name!r} cannot run:", *lines]))
     return schedule
-
-
-def peak_in_flight(program: Sequence[Action]) -> int:
-    """Most activations that a rank with these actions holds at any time, counted in chunks' worth."""
-    held = peak = 0
-    for action in program:
-        held += HELD[action.kind]
-        if held > peak:
-            peak = held
-    return peak
 
 
 def _incomplete(schedule: Schedule) -> Iterator[str]:

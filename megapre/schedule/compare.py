@@ -36,14 +36,14 @@ def compare(
     ranks: int,
     micro_batches: int,
     chunks: Sequence[int],
-    costs: Callable[[int], Costs],
-    memory: Callable[[str, int], float] | None = None,
+    costs: Callable[[Schedule], Costs],
+    memory: Callable[[Schedule], float] | None = None,
     group: int | None = None,
 ) -> list[Row]:
     """A row for every schedule and each of `chunks` it has an order for, or its own least number of them.
 
-    `costs` gives those of the model cut into so many chunks a rank, `memory` the bytes of a schedule's fullest rank. A
-    UserError of either, or of the builder, becomes a row that says so.
+    `costs` gives those of the model cut into a schedule's stages, `memory` the bytes of its fullest rank. A UserError
+    of either, or of the builder, becomes a row that says so.
     """
     rows: list[Row] = []
     for name, builder in BUILDERS.items():
@@ -51,8 +51,9 @@ def compare(
         for count in [1] if name == "gpipe" else fitting or [builder.least]:
             try:
                 option = group if "group" in builder.options else None
-                timeline = simulate(build(name, ranks, count, micro_batches, group=option), costs(count))
-                rows.append(Row(name, count, timeline, memory(name, count) if memory else None))
+                schedule = build(name, ranks, count, micro_batches, group=option)
+                timeline = simulate(schedule, costs(schedule))
+                rows.append(Row(name, count, timeline, memory(schedule) if memory else None))
             except UserError as error:
                 rows.append(Row(name, count, None, refused=str(error).removeprefix("schedule: ")))
     return rows

@@ -46,7 +46,13 @@ def as_text(schedule: Schedule) -> str:
 
 def read(path: str | Path) -> Schedule:
     """The schedule in a file. It is not checked. Raises ScheduleError with the line of what cannot be read."""
-    return from_text(Path(path).read_text(encoding="utf-8"), str(path))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ScheduleError(f"schedule {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ScheduleError(f"schedule {path}: byte {error.start} is not UTF-8 text") from None
+    return from_text(text, str(path))
 
 
 def from_text(text: str, source: str = "schedule") -> Schedule:

@@ -1,4 +1,4 @@
-"""What the tables come to, in closed form: for the planner, which has no time to build them, and for the tests.
+"""What the tables come to, in closed form: what the tests hold the tables, and docs the bubbles, against.
 
 Legend: p ranks, v chunks a rank, m micro-batches, r rank, g group of interleaved.
 """

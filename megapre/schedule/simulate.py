@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Self
 
 from .actions import Kind, Schedule, ScheduleError
-from .check import peak_in_flight
+from .held import Kept, peak_in_flight, peak_kept
 from .routes import event_name, routes
 
 
@@ -128,7 +128,12 @@ class Timeline:
     @cached_property
     def kept(self) -> tuple[float, ...]:
         """Most bytes of activations that each rank holds."""
-        return tuple(self._kept(rank) for rank in range(self.schedule.ranks))
+        stages = list(map(Kept, self.costs.kept, self.costs.kept_for_weights))
+        chunks = range(self.schedule.chunks)
+        return tuple(
+            peak_kept(program, [stages[self.schedule.stage_of(rank, chunk)] for chunk in chunks]).kept
+            for rank, program in enumerate(self.schedule)
+        )
 
     @cached_property
     def sent(self) -> tuple[float, ...]:
@@ -142,19 +147,6 @@ class Timeline:
             )
             for program, own in zip(self.schedule, table, strict=True)
         )
-
-    def _kept(self, rank: int) -> float:
-        whole, rest = self.costs.kept, self.costs.kept_for_weights
-        stages = [self.schedule.stage_of(rank, chunk) for chunk in range(self.schedule.chunks)]
-        change = {
-            kind: [{"F": whole[s], "B": -whole[s], "I": rest[s] - whole[s], "W": -rest[s]}[kind] for s in stages]
-            for kind in ("F", "B", "I", "W")
-        }
-        held = peak = 0.0
-        for kind, chunk, _ in self.schedule[rank]:
-            held += change[kind][chunk]
-            peak = max(peak, held)
-        return peak
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .check import HELD
+from .held import HELD
 from .simulate import Timeline
 
 NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}

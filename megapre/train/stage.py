@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megapre import kernels, schedule
+from megapre import kernels
 from megapre.data import DataError
 from megapre.model.cut import is_cut, local, needs_sum, short
 from megapre.model.recompute import Recompute
@@ -31,13 +31,6 @@ if TYPE_CHECKING:
     from megapre.schedule import Schedule
 
 
-def schedule_of(cfg: Config, dp: int) -> Schedule:
-    """The order in which a step of `cfg` runs, of `dp` replicas."""
-    layout = cfg.layout
-    group = layout.group or None
-    return schedule.build(layout.schedule, layout.pp, layout.vpp, cfg.batch.micro_batches(dp), group=group)
-
-
 def build_model(cfg: Config, device: torch.device) -> Transformer:
     """The whole model over the kernels of `device`, its weights not yet set. Raises KernelUnavailable."""
     dtype = DTYPES[cfg.run.dtype]
@@ -54,7 +47,7 @@ def build_pieces(cfg: Config, groups: Groups, plan: Schedule) -> list[Transforme
         tensor = TensorGroup(
             groups.tp.handle, groups.tp.index, groups.tp.size, layout.sequence_parallel, layout.overlap_products
         )
-    bounds = list(accumulate(layers_of_stages(cfg), initial=0))
+    bounds = list(accumulate(layers_of_stages(cfg, placement=plan.placement), initial=0))
     stages = sorted(plan.stage_of(groups.pp.index, chunk) for chunk in range(plan.chunks))
     models = [
         Transformer(

@@ -24,12 +24,13 @@ from megapre.parallel.comm import Groups, Place, connect
 from megapre.parallel.data import FlatParameters
 from megapre.parallel.pipeline import Executor
 from megapre.parallel.pipes import Pipes
-from megapre.schedule import BUILDERS
+from megapre.plan.partition import schedule_of
+from megapre.schedule import placement_of
 
 from .fixed import FixedInputs
 from .graph import CudaRecorder, GraphError, Recorded, own_stream, refusal
 from .machine import DTYPES
-from .stage import Feed, Stage, build_pieces, parameters, schedule_of, share_of, stream_shape
+from .stage import Feed, Stage, build_pieces, parameters, share_of, stream_shape
 
 if TYPE_CHECKING:
     from megapre.config import Config
@@ -68,9 +69,12 @@ def mesh_of(cfg: Config, here: Place) -> Mesh:
 
 
 def connected(cfg: Config, here: Place, device: torch.device) -> Groups:
-    """The groups that `cfg`'s layout needs, among `here.world` ranks. Raises MeshError, ConfigError and CommError."""
+    """The groups that `cfg`'s layout needs, among `here.world` ranks.
+
+    Raises MeshError, ConfigError, ScheduleError and CommError.
+    """
     layout, model = cfg.layout, cfg.model
-    v = BUILDERS[layout.schedule].placement == "v"
+    v = placement_of(layout.schedule) == "v"
     return connect(
         mesh_of(cfg, here),
         here.rank,

@@ -76,6 +76,12 @@ BROKEN = [
     ),
     (
         "gpt2-124m",
+        ["layout.schedule=interleave"],
+        "layout.schedule: must be 'gpipe', '1f1b', 'interleaved', 'breadth_first', 'zb_h1', 'zbv', 'dualpipev' or a "
+        "file such as schedules/mine.txt, got 'interleave'; did you mean 'interleaved'?",
+    ),
+    (
+        "gpt2-124m",
         ["layout.group=3"],
         "layout: group = 3 is for schedule 'interleaved', not '1f1b'; nearest: group 0",
     ),
@@ -306,6 +312,7 @@ def test_a_broken_rule_is_reported(recipe: str, overrides: list[str], problem: s
         ("gpt2-124m", ["layout.pp=2", "layout.vpp=2", "layout.schedule=dualpipev"]),
         ("gpt2-124m", ["layout.pp=2", "layout.schedule=zb_h1"]),
         ("gpt2-124m", ["layout.schedule=breadth_first"]),
+        ("gpt2-124m", ["layout.pp=2", "layout.vpp=3", "layout.schedule=mine.txt"]),
         ("gpt2-124m", ["layout.pp=6", "layout.tp=4", "layout.dp=8"]),
         ("gpt2-124m", ["layout.tp=4", "layout.overlap_products=true"]),
         ("gpt2-124m", ["model.head_dim=320", "kernels.attention=sdpa"]),

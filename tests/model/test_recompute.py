@@ -1,21 +1,17 @@
 """Recomputing changes no bit of any gradient, and keeps exactly the bytes that the planner counts."""
 
-import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from alive import Alive
 
 from megapre import kernels
 from megapre.config import Model
 from megapre.model import initialize
 from megapre.model.recompute import Recompute
 from megapre.model.transformer import Piece, Transformer
-from megapre.plan.memory import layer_activations
+from megapre.plan.activations import layer_activations
 
 BASE: dict[str, Any] = {"hidden": 48, "heads": 4, "vocab": 200, "context": 32, "ffn": 96}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -57,32 +53,6 @@ def test_gradients_are_the_same(shape: str, setting: str, dtype: torch.dtype) ->
             assert torch.equal(gradient, found), name
         else:  # a rounding more of the stream's gradient at each of up to three entries
             assert torch.dist(gradient, found) <= 3 * 2**-8 * gradient.norm(), name
-
-
-class Alive(TorchDispatchMode):
-    """Bytes of what operations made and something still holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in _tensors(out):
-            self.made[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
-        return out
-
-    def bytes(self) -> int:
-        gc.collect()
-        return sum(size for reference, size in self.made.items() if not reference.expired())
-
-
-def _tensors(out: Any) -> Iterator[Tensor]:
-    if isinstance(out, Tensor):
-        yield out
-    elif isinstance(out, tuple | list):
-        for part in out:
-            yield from _tensors(part)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from megapre.config import ConfigError, load
 from megapre.mesh import MeshError
 from megapre.observe import dry_run
 from megapre.plan.partition import StageError
+from megapre.schedule import ScheduleError, build, write
 
 
 def test_a_layout_of_sixteen_thousand_ranks_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +38,22 @@ def test_every_layer_is_somewhere_and_shares_add_up(capsys: pytest.CaptureFixtur
     assert sum(shares) == pytest.approx(100, abs=0.2) and shares[3] > shares[0] > 20
     assert lines[start + 5].startswith("the fullest rank has 1.184 times the mean")
     assert lines[start + 5].endswith("stages [8, 9, 9, 6]")
+
+
+def test_a_schedule_of_ones_own_is_planned_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.txt"
+    layout = ["layout.pp=2", "layout.vpp=2", "layout.tp=1", "batch.global=6", "batch.micro=1"]
+    write(build("dualpipev", 2, 2, 6), path)
+    shown = []
+    for name in ("dualpipev", str(path)):
+        dry_run.run(load("llama3-8b", [*layout, f"layout.schedule={name}"]))
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "embedding + 0-7, 24-31 + head" in shown[0]
+    path.write_text(path.read_text().replace("F5.0 ", "", 1))
+    with pytest.raises(ScheduleError, match=r"rank 0: F5.0 is missing"):
+        dry_run.run(load("llama3-8b", [*layout, f"layout.schedule={path}"]))
+    with pytest.raises(ScheduleError, match=r"for 6 micro-batches, but batch.global / \(batch.micro \* dp\) = 3"):
+        dry_run.run(load("llama3-8b", [*layout, f"layout.schedule={path}"]), 4)
 
 
 def test_one_stage_needs_no_schedule(capsys: pytest.CaptureFixture[str]) -> None:

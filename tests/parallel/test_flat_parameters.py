@@ -6,7 +6,8 @@ from torch import nn
 
 from megapre import kernels
 from megapre.model import decays
-from megapre.parallel.data import ALIGNMENT, FlatParameters
+from megapre.parallel.data import FlatParameters
+from megapre.plan.flat import ALIGNMENT
 
 
 class Tied(nn.Module):

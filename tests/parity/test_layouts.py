@@ -6,6 +6,7 @@ whatever rank holds a part of it.
 """
 
 import functools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +19,7 @@ from megapre.config import Config
 from megapre.data import GlobalBatch, MicroBatch
 from megapre.model.cut import held
 from megapre.parallel.comm import Place
+from megapre.schedule import build, write
 from megapre.train.stage import parameters
 from megapre.train.step import Engine, connected
 
@@ -184,6 +186,14 @@ def test_fp32_losses_are_those_of_one_rank(run_on: RunOn, model: str, layout: st
     asked, _ = LAYOUTS[layout]
     found = run_on(ranks_of(asked), train, config(model, "fp32", asked))
     compare(found, alone(model, "fp32"), first=1e-6, last=1e-5, gradients=1e-5, weights=1e-4)
+
+
+def test_a_schedule_from_a_file_runs_as_planned(run_on: RunOn, tmp_path: Path) -> None:
+    """A V with a tied model, whose ends therefore share one table."""
+    path = str(tmp_path / "mine.txt")
+    write(build("dualpipev", 2, 2, SAMPLES), path)
+    found = run_on(2, train, config(GPT2, "fp32", {"pp": 2, "vpp": 2, "schedule": path}))
+    compare(found, alone(GPT2, "fp32"), first=1e-6, last=1e-5, gradients=1e-5, weights=1e-4)
 
 
 @pytest.mark.parametrize(("samples", "micro"), [(10, 1), (6, 3), (2, 1)])

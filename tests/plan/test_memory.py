@@ -1,29 +1,30 @@
-"""Memory against published figures, by equality, and against what autograd really keeps, byte for byte."""
+"""Memory against published figures, by equality, and against what really stays alive, byte for byte."""
 
 import importlib
 from dataclasses import replace
 
 import pytest
 import torch
+from alive import Alive
+from torch.autograd.graph import get_gradient_edge
 
 from megapre import kernels
 from megapre.config import Batch, Config, Model, Optim, Run, load
 from megapre.model.init import initialize
 from megapre.model.transformer import Transformer
 from megapre.plan import fullest_rank
-from megapre.plan.memory import (
+from megapre.plan.activations import (
     ELEMENT,
     LOGITS_ROWS,
     MAX_LOGITS,
-    chunks_in_flight,
     layer_activations,
     logits_bytes,
     megatron_layer_activations,
-    stage_memory,
-    stage_parameters,
+    stage_activations,
 )
+from megapre.plan.buffers import Held, parameters
+from megapre.plan.memory import all_ranks
 from megapre.plan.params import layer as params_layer
-from megapre.schedule import BUILDERS, build, peak_in_flight
 
 GIB = 2**30
 
@@ -64,35 +65,28 @@ SHAPES = [
 ]
 
 
-def kept_by_autograd(model: Model, tokens_BS: torch.Tensor, dtype: torch.dtype) -> int:
-    """Bytes of distinct storages, beside the model's own, that the graph of the loss holds."""
+def kept_alive(model: Model, tokens_BS: torch.Tensor, dtype: torch.dtype) -> int:
+    """Bytes, beside the model's own, that the graph of the loss holds."""
     rms_norm = importlib.import_module("megapre.kernels.rms_norm").native  # runs in plain torch without the library
     built = Transformer(model, replace(kernels.choose("cpu"), rms_norm=rms_norm), dtype=dtype)
     initialize(built, 0)
     own = [*built.parameters()]
     if built.rotary is not None:
         own += [built.rotary.cos, built.rotary.sin]
-    known = {tensor.untyped_storage().data_ptr() for tensor in own}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in known:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = built.loss(tokens_BS, tokens_BS)
-    assert loss.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    with Alive(own) as alive:
+        edge = get_gradient_edge(built.loss(tokens_BS, tokens_BS))
+        kept = alive.bytes()
+    assert edge.node is not None
+    return kept
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_activations_equal_what_autograd_keeps(shape: dict[str, object], name: str) -> None:
+def test_activations_are_what_stays_alive(shape: dict[str, object], name: str) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
     tokens_BS = torch.arange(64).view(2, 32)
     models = [Model.model_validate({**shape, "layers": n, "context": 32, "vocab": 200}) for n in (1, 3)]
-    one, three = (kept_by_autograd(model, tokens_BS, dtype) for model in models)
+    one, three = (kept_alive(model, tokens_BS, dtype) for model in models)
     assert three - one == 2 * layer_activations(models[0], 64, ELEMENT[name])
 
     batch = Batch(micro=2, global_=2, seq_length=32)
@@ -140,12 +134,14 @@ def layout(recipe: str, **sizes: object) -> Config:
 
 def test_states_are_eighteen_bytes_a_parameter_and_sharded_six_and_twelve() -> None:
     cfg = load("gpt2-124m")
-    held = stage_parameters(cfg.model, 1, 12, first=True, last=True)
+    held = sum(parameter.elements for parameter in parameters(cfg.model, 1, Held(12, True, True)))
     one = fullest_rank(cfg)
     assert one.weights + one.gradients + one.master + one.moments == 18 * held
     eight = fullest_rank(cfg, dp=8)
     assert eight.weights + eight.gradients == 6 * held
-    assert 0 <= eight.master + eight.moments - 12 * held / 8 < 2  # rounded up to whole bytes
+    assert eight.master + eight.moments == 12 * held / 8
+    apart = fullest_rank(load("gpt2-124m", ["layout.shard_optimizer=false"]), dp=8)
+    assert apart == one  # every replica keeps all
     single = fullest_rank(layout("gpt2-124m", run_dtype="fp32"))
     assert (single.weights, single.master) == (4 * held, 0)  # fp32 weights are their own master
     bare = fullest_rank(load("gpt2-124m", ["optim.master=none"]))
@@ -156,38 +152,37 @@ def test_states_are_eighteen_bytes_a_parameter_and_sharded_six_and_twelve() -> N
     assert one.total == sum(value for key, value in one.as_json().items() if key != "total")
 
 
-@pytest.mark.parametrize("schedule", BUILDERS)
-@pytest.mark.parametrize("micro_batches", [1, 3, 8])
-def test_in_flight_is_that_of_the_schedule(schedule: str, micro_batches: int) -> None:
-    vpp, micro_batches = BUILDERS[schedule].least, max(micro_batches, 6 if schedule == "dualpipev" else 1)
-    sizes = {"layout_pp": 3, "layout_vpp": vpp, "batch_global": 2 * micro_batches, "batch_micro": 2}
-    cfg = layout("gpt2-124m", layout_schedule=schedule, **sizes)
-    programs = build(schedule, 3, vpp, micro_batches)
-    assert [chunks_in_flight(cfg, stage) for stage in range(3)] == [peak_in_flight(program) for program in programs]
-
-
-def test_interleaved_first_stage_holds_the_published_share() -> None:
+def test_interleaved_first_rank_holds_the_published_share() -> None:
     cfg = layout("gpt2-124m", layout_pp=2, layout_vpp=3)
     p, v = 2, 3
-    assert chunks_in_flight(cfg, 0) / v == p * (1 + (p - 1) / (p * v))
+    chunk = stage_activations(cfg, (2,) * 6)[1].whole
+    first = all_ranks(cfg)[0].activations - 2 * p * 8 * cfg.batch.micro_tokens  # tokens of chunk 0: 2 p of them
+    assert first / (v * chunk) == p * (1 + (p - 1) / (p * v))
 
 
 def test_first_and_last_stage() -> None:
     cfg = layout("llama3-8b", layout_pp=4)
-    stages = [stage_memory(cfg, stage) for stage in range(4)]
-    assert stages[0].activations > stages[1].activations > stages[2].activations > stages[3].activations
-    assert [memory.logits > 0 for memory in stages] == [False, False, False, True]
-    assert stages[0].weights > stages[1].weights == stages[2].weights < stages[3].weights
-    assert fullest_rank(cfg).total == max(memory.total for memory in stages)
+    ranks = all_ranks(cfg)
+    assert ranks[0].activations > ranks[1].activations > ranks[2].activations > ranks[3].activations
+    assert [memory.logits > 0 for memory in ranks] == [False, False, False, True]
+    assert ranks[0].weights > ranks[1].weights == ranks[2].weights < ranks[3].weights
+    assert fullest_rank(cfg).total == max(memory.total for memory in ranks)
+
+
+def test_the_last_rank_of_gpipe_keeps_what_the_loss_hands_back_of_every_micro_batch() -> None:
+    cfg = layout("llama3-8b", layout_pp=4, layout_tp=1, layout_schedule="gpipe", batch_global=8, batch_micro=1)
+    kept = stage_activations(cfg, (8,) * 4)
+    assert all_ranks(cfg)[3].activations == 8 * kept[3].whole
+    assert kept[3].whole - kept[2].whole == cfg.batch.seq_length * (2 * 2 * cfg.model.hidden + 4)
 
 
 def test_both_ends_lie_on_the_first_rank_of_a_v() -> None:
-    cfg = layout("llama3-8b", layout_pp=4, layout_vpp=2, layout_schedule="zbv")
-    stages = [stage_memory(cfg, stage) for stage in range(4)]
-    assert [memory.logits > 0 for memory in stages] == [True, False, False, False]
-    assert stages[0].weights > stages[1].weights == stages[3].weights
-    loop = [stage_memory(layout("llama3-8b", layout_pp=4, layout_vpp=2), stage) for stage in range(4)]
-    assert sum(memory.weights for memory in stages) == sum(memory.weights for memory in loop)
+    cfg = layout("llama3-8b", layout_pp=4, layout_vpp=2, layout_schedule="dualpipev")
+    ranks = all_ranks(cfg)
+    assert [memory.logits > 0 for memory in ranks] == [True, False, False, False]
+    assert ranks[0].weights > ranks[1].weights == ranks[3].weights
+    loop = all_ranks(layout("llama3-8b", layout_pp=4, layout_vpp=2))
+    assert sum(memory.weights for memory in ranks) == sum(memory.weights for memory in loop)
 
 
 def test_tensor_and_sequence_parallel_shares() -> None:
@@ -203,8 +198,7 @@ def test_stages_given_by_the_user_are_what_ranks_hold() -> None:
     given = layout("llama3-8b", layout_tp=1, layout_pp=4, layout_stages=[9, 9, 8, 6])
     equal = layout("llama3-8b", layout_tp=1, layout_pp=4)
     layer = sum(params_layer(equal.model)[:3])
-    for rank, more in enumerate((1, 1, 0, -2)):
-        ours, theirs = stage_memory(given, rank), stage_memory(equal, rank)
+    for rank, (more, ours, theirs) in enumerate(zip((1, 1, 0, -2), all_ranks(given), all_ranks(equal), strict=True)):
         assert ours.weights - theirs.weights == 2 * more * layer
-        one = layer_activations(equal.model, equal.batch.micro * equal.batch.seq_length, 2)
-        assert ours.activations - theirs.activations == more * one * chunks_in_flight(equal, rank)
+        one = layer_activations(equal.model, equal.batch.micro_tokens, 2)
+        assert ours.activations - theirs.activations == more * one * (4 - rank)

@@ -7,7 +7,7 @@ from megapre import kernels
 from megapre.config import Model, load
 from megapre.model.transformer import Transformer
 from megapre.plan import count
-from megapre.plan.memory import stage_parameters
+from megapre.plan.buffers import Held, parameters
 
 # Sums of the tensors of the released checkpoints (tied heads once).
 PUBLISHED = {
@@ -61,19 +61,26 @@ def test_counts_equal_the_models_tensors(shape: dict[str, object]) -> None:
     assert parts.attention == total("qkv", "attn.out")
     assert parts.ffn == total("mlp.")
     assert parts.norms == total("norm")
-    assert stage_parameters(model, 1, model.layers, first=True, last=True) == sum(sizes.values())
+    listed = list(parameters(model, 1, Held(model.layers, True, True)))
+    names = [name.split(".", 2)[2] if name.startswith("blocks.") else name for name in sizes]
+    assert [(name, elements) for name, elements, _ in listed] == list(zip(names, sizes.values(), strict=True))
+    assert [parameter.matrix for parameter in listed] == [value.dim() == 2 for value in built.parameters()]
+
+
+def held(model: Model, tp: int, layers: int, first: bool, last: bool) -> int:
+    return sum(parameter.elements for parameter in parameters(model, tp, Held(layers, first, last)))
 
 
 def test_stages_and_tensor_ranks_hold_everything_once() -> None:
     model = load("llama3-8b").model
     norms = model.layers * 2 * model.hidden
     whole = sum(count(model))
-    assert sum(stage_parameters(model, 1, 8, stage == 0, stage == 3) for stage in range(4)) == whole
-    one_of_eight = stage_parameters(model, 8, 32, first=True, last=True)
+    assert sum(held(model, 1, 8, stage == 0, stage == 3) for stage in range(4)) == whole
+    one_of_eight = held(model, 8, 32, first=True, last=True)
     assert 8 * one_of_eight == whole + 7 * (norms + model.hidden)  # norms are on every tensor rank
 
 
 def test_tied_tables_are_on_both_ends() -> None:
     model = load("llama3-1b").model
-    ends = sum(stage_parameters(model, 1, 8, stage == 0, stage == 1) for stage in range(2))
+    ends = sum(held(model, 1, 8, stage == 0, stage == 1) for stage in range(2))
     assert ends == sum(count(model)) + model.vocab * model.hidden

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megapre.config import load, to_toml
 from megapre.plan import flops
-from megapre.plan.partition import StageError, balanced, costs, layers_of_rank, layers_of_stages
+from megapre.plan.partition import StageError, balanced, costs, layers_of_stages
 from megapre.schedule import holder
 
 
@@ -73,8 +73,10 @@ def test_the_layout_says_how_a_model_is_cut() -> None:
         layers_of_stages(load("llama3-8b", ["layout.pp=4"]), chunks=3)
 
 
-def test_ranks_hold_the_chunks_of_the_schedule() -> None:
-    sizes = ["layout.pp=2", "layout.vpp=2", "layout.stages=[9, 8, 8, 7]"]
-    loop, back = load("llama3-8b", sizes), load("llama3-8b", [*sizes, "layout.schedule=zbv"])
-    assert [layers_of_rank(loop, rank) for rank in (0, 1)] == [(9, 8), (8, 7)]
-    assert [layers_of_rank(back, rank) for rank in (0, 1)] == [(9, 7), (8, 8)]
+def test_balance_is_that_of_the_ranks_of_the_schedule() -> None:
+    """On a V the first rank has both ends, and so fewer layers."""
+    cfg = load("llama3-8b", ["layout.pp=4", "layout.vpp=2", "layout.balance=true"])
+    loop, back = (layers_of_stages(cfg, placement=placement) for placement in ("loop", "v"))
+    assert layers_of_stages(cfg) == loop
+    assert back[0] + back[7] < min(back[r] + back[7 - r] for r in (1, 2, 3))
+    assert loop[3] + loop[7] < min(loop[r] + loop[4 + r] for r in (0, 1, 2))

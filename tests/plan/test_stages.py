@@ -4,7 +4,7 @@ import pytest
 
 from megapre.config import Config, load
 from megapre.plan import flops
-from megapre.plan.memory import layer_activations
+from megapre.plan.activations import layer_activations, layer_operands
 from megapre.plan.stages import Rates, StageError, stage_costs
 
 UNIT = Rates(flops=1.0, memory=1e30, latency=0.0, link=1.0)
@@ -38,7 +38,10 @@ def test_tensor_parallel_ranks_share_the_work_and_the_messages() -> None:
 def test_activations_are_those_of_the_memory_plan() -> None:
     cfg = config()
     one = layer_activations(cfg.model, 2048, 2)
-    assert stage_costs(cfg, 2, UNIT).kept == (4 * one + 8 * 2048, *[4 * one] * 7)
+    end = 2048 * (2 * 2 * cfg.model.hidden + 4)  # input of the last norm with 1/rms, and what the loss hands back
+    costs = stage_costs(cfg, 2, UNIT)
+    assert costs.kept == (4 * one + 8 * 2048, *[4 * one] * 6, 4 * one + end)
+    assert costs.kept_for_weights == (4 * layer_operands(cfg.model, 2048, 2),) * 8
 
 
 def test_the_embedding_costs_memory_traffic() -> None:

@@ -7,7 +7,7 @@ from megapre.schedule.compare import Row, best, compare
 
 
 def rows(ranks: int, micro_batches: int, chunks: tuple[int, ...]) -> list[Row]:
-    return compare(ranks, micro_batches, chunks, lambda v: Costs.of(ranks * v, 1 / v, 1 / v, 1 / v))
+    return compare(ranks, micro_batches, chunks, lambda plan: Costs.of(plan.stages, *[1 / plan.chunks] * 3))
 
 
 def test_each_schedule_has_a_row_for_the_chunks_it_can_have() -> None:

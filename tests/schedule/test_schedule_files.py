@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapre.schedule import BUILDERS, ScheduleError, build, check, files, read, write
+from megapre.schedule import BUILDERS, ScheduleError, build, check, files, named, placement_of, read, write
 
 BY_HAND = """\
 # one forward, one backward
@@ -64,3 +64,30 @@ def test_what_cannot_be_read_names_its_line(text: str, message: str) -> None:
 def test_an_incomplete_file_is_read_and_found_out() -> None:
     schedule = files.from_text(BY_HAND.replace("B1.0\nrank 0", "\nrank 0"))
     assert check(schedule) == ["rank 1: B1.0 is missing"]
+
+
+def test_a_file_stands_for_a_name(tmp_path: Path) -> None:
+    path = str(tmp_path / "mine.txt")
+    write(build("zbv", 3, 2, 7), path)
+    assert named(path, 3, 2, 7) == build("zbv", 3, 2, 7)
+    assert (placement_of(path), placement_of("zbv"), placement_of("1f1b")) == ("v", "v", "loop")
+    assert named("interleaved", 2, 2, 4, group=4) == build("interleaved", 2, 2, 4, group=4)
+
+
+def test_a_file_for_other_sizes_or_that_cannot_run_is_refused_in_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(BY_HAND)
+    with pytest.raises(ScheduleError) as caught:
+        named(str(path), 4, 1, 8)
+    assert str(caught.value) == (
+        f"schedule {path}: is for 2 ranks, but layout.pp = 4; for 2 micro-batches, but batch.global / (batch.micro * "
+        f"dp) = 8; nearest: layout.pp=2 layout.vpp=1 and 2 micro-batches a step, or another file"
+    )
+    path.write_text(BY_HAND.replace("F1.0 B1.0\nrank 0", "F1.0\nrank 0"))
+    with pytest.raises(ScheduleError, match=r"schedule 'mine' cannot run:\n  - rank 1: B1.0 is missing"):
+        named(str(path), 2, 1, 2)
+    with pytest.raises(ScheduleError, match=r"schedule nowhere/none.txt: No such file or directory"):
+        named("nowhere/none.txt", 2, 1, 2)
+    path.write_bytes(b"chunks: \xff")
+    with pytest.raises(ScheduleError, match=r"mine.txt: byte 8 is not UTF-8 text"):
+        placement_of(str(path))
