@@ -159,7 +159,7 @@ class Tuning:
             yield found
 
     def _buckets(self) -> Iterator[Comparison]:
-        from ..parallel.data import BUCKET_ELEMENTS
+        from ..plan.flat import BUCKET_ELEMENTS
 
         axis, group = self.replicas[0], self.handles[self.replicas[0]]
         if group.size == 1:
@@ -212,7 +212,7 @@ class Tuning:
         return self._trial(axis, made[name])
 
     def _trial(self, axis: str, group: Group) -> Trial:
-        from ..parallel.data import BUCKET_ELEMENTS
+        from ..plan.flat import BUCKET_ELEMENTS
 
         if axis == "tp":
             return self._tensor(group, self.cfg.layout.overlap_products)

@@ -9,7 +9,7 @@ from megapre.config import load
 from megapre.observe.comm_ranks import BenchCommError
 from megapre.observe.tune_comm import MOST_BUCKETS, Comparison, Request, bucket_sizes, race, run
 from megapre.parallel.comm import CommError
-from megapre.parallel.data import BUCKET_ELEMENTS
+from megapre.plan.flat import BUCKET_ELEMENTS
 
 
 def raced(seed: int = 0, **candidates: FakeTrial | Callable[[], FakeTrial]) -> Comparison:
