@@ -28,12 +28,39 @@ index): they depend on no thread and no history, so a run repeats and resumes bi
 parameter, exp_avg and exp_avg_sq; fp32 moments draw nothing.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import library
 from .philox import bits16, round_stochastic
 from .precision import wide
+
+
+class Update(NamedTuple):
+    """What every implementation takes by keyword: TypeError where one is missing or unknown."""
+
+    lr: Tensor
+    step: Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def arguments(self) -> list[Any]:
+        """In the order of the registered ops."""
+        return [getattr(self, name) for name in ARGUMENTS]
+
+
+UPDATE = (
+    "Tensor lr, Tensor step, Tensor? grad_scale, Tensor? found_inf, "
+    "float beta1, float beta2, float eps, float weight_decay"
+)
+"""The part of `Update` in the schemas of the registered ops."""
+ARGUMENTS = tuple(argument.split()[-1] for argument in UPDATE.split(","))
 
 
 def _check_lengths(op: str, **tensors: Tensor) -> None:
@@ -64,30 +91,24 @@ def _check_stochastic(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: 
 
 
 def _updated(
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    lr: Tensor,
-    step: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
+    master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, told: Update
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next master and moments in the precision of the computation, fp32 or fp64."""
     dtype = wide(master.dtype)
     g = grad.to(dtype)
-    if grad_scale is not None:
-        g = g * grad_scale
-    lr, step = lr.to(dtype), step.to(torch.float64)
-    correction1 = (1.0 - beta1**step).to(dtype)
-    correction2 = (1.0 - beta2**step).to(dtype)
-    new_avg = beta1 * exp_avg.to(dtype) + (1.0 - beta1) * g
-    new_sq = beta2 * exp_avg_sq.to(dtype) + (1.0 - beta2) * g * g
-    denominator = (new_sq / correction2).sqrt() + eps
-    return master.to(dtype) * (1.0 - lr * weight_decay) - lr / correction1 * new_avg / denominator, new_avg, new_sq
+    if told.grad_scale is not None:
+        g = g * told.grad_scale
+    lr, step = told.lr.to(dtype), told.step.to(torch.float64)
+    correction1 = (1.0 - told.beta1**step).to(dtype)
+    correction2 = (1.0 - told.beta2**step).to(dtype)
+    new_avg = told.beta1 * exp_avg.to(dtype) + (1.0 - told.beta1) * g
+    new_sq = told.beta2 * exp_avg_sq.to(dtype) + (1.0 - told.beta2) * g * g
+    denominator = (new_sq / correction2).sqrt() + told.eps
+    return master.to(dtype) * (1.0 - lr * told.weight_decay) - lr / correction1 * new_avg / denominator, new_avg, new_sq
+
+
+def _unless(found_inf: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
+    return new if found_inf is None else torch.where(found_inf != 0, old, new)
 
 
 @torch.no_grad()
@@ -97,15 +118,7 @@ def reference(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    *,
-    lr: Tensor,
-    step: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    **update: Any,
 ) -> None:
     """Plain torch, the definition of correct. Updates param, master and the moments in place; no host sync.
 
@@ -113,11 +126,12 @@ def reference(
     the content of `grad` is unspecified (some implementations scale it in place).
     """
     _check(param, master, exp_avg, exp_avg_sq, grad)
-    new = _updated(master, exp_avg, exp_avg_sq, grad, lr, step, beta1, beta2, eps, weight_decay, grad_scale)
+    told = Update(**update)
+    new = _updated(master, exp_avg, exp_avg_sq, grad, told)
     for old, value in zip((master, exp_avg, exp_avg_sq), new, strict=True):
-        old.copy_(value if found_inf is None else torch.where(found_inf != 0, old, value))
+        old.copy_(_unless(told.found_inf, old, value))
     if param is not master:
-        param.copy_(master if found_inf is None else torch.where(found_inf != 0, param.to(master.dtype), master))
+        param.copy_(_unless(told.found_inf, param.to(master.dtype), master))
 
 
 @torch.no_grad()
@@ -127,38 +141,19 @@ def fused_torch(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    *,
-    lr: Tensor,
-    step: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    **update: Any,
 ) -> None:
     """Through torch's fused kernel, one pass over the state, then the copy into `param`. As `reference`.
 
     torch divides by its grad_scale, so it gets the reciprocal, and it writes the scaled gradient back into `grad`.
     """
     _check(param, master, exp_avg, exp_avg_sq, grad)
+    told = Update(**update)
     torch._fused_adamw_(
-        [master],
-        [grad.to(master.dtype)],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [step],
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-        grad_scale=None if grad_scale is None else grad_scale.reciprocal(),
-        found_inf=found_inf,
-    )
+        [master], [grad.to(master.dtype)], [exp_avg], [exp_avg_sq], [], [told.step], lr=told.lr, beta1=told.beta1,
+        beta2=told.beta2, weight_decay=told.weight_decay, eps=told.eps, amsgrad=False, maximize=False,
+        grad_scale=None if told.grad_scale is None else told.grad_scale.reciprocal(), found_inf=told.found_inf,
+    )  # fmt: skip
     if param is not master:
         param.copy_(master)
 
@@ -170,22 +165,12 @@ def native(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    *,
-    lr: Tensor,
-    step: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    **update: Any,
 ) -> None:
     """Through `megapre::adamw_`: state and parameter in one pass; `grad` is only read. As `reference`."""
     _check(param, master, exp_avg, exp_avg_sq, grad)
     separate = None if param is master else param  # a schema must not name one tensor twice among what it writes
-    torch.ops.megapre.adamw_(
-        separate, master, exp_avg, exp_avg_sq, grad, lr, step, grad_scale, found_inf, beta1, beta2, eps, weight_decay
-    )
+    torch.ops.megapre.adamw_(separate, master, exp_avg, exp_avg_sq, grad, *Update(**update).arguments())
 
 
 @torch.no_grad()
@@ -195,16 +180,9 @@ def stochastic_reference(
     exp_avg_sq: Tensor,
     grad: Tensor,
     *,
-    lr: Tensor,
-    step: Tensor,
     seed: int,
     offset: int = 0,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    **update: Any,
 ) -> None:
     """Plain torch, the definition of `adamw_stochastic_`. Updates bf16 param and moments in place; no host sync.
 
@@ -212,12 +190,12 @@ def stochastic_reference(
     Moments are fp32, or bf16 and then rounded like the parameter. ValueError for other dtypes, or lengths that differ.
     """
     _check_stochastic(param, exp_avg, exp_avg_sq, grad, offset)
-    state = (param, exp_avg, exp_avg_sq)
-    new = _updated(*state, grad, lr, step, beta1, beta2, eps, weight_decay, grad_scale)
+    state, told = (param, exp_avg, exp_avg_sq), Update(**update)
+    new = _updated(*state, grad, told)
     for stream, (old, value) in enumerate(zip(state, new, strict=True)):
         if old.dtype == torch.bfloat16:
-            value = round_stochastic(value, bits16(seed, step, stream, offset, value.numel()))
-        old.copy_(value if found_inf is None else torch.where(found_inf != 0, old, value))
+            value = round_stochastic(value, bits16(seed, told.step, stream, offset, value.numel()))
+        old.copy_(_unless(told.found_inf, old, value))
 
 
 @torch.no_grad()
@@ -227,67 +205,30 @@ def stochastic_native(
     exp_avg_sq: Tensor,
     grad: Tensor,
     *,
-    lr: Tensor,
-    step: Tensor,
     seed: int,
     offset: int = 0,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    **update: Any,
 ) -> None:
     """Through `megapre::adamw_stochastic_`, one pass. As `stochastic_reference`, with the same random bits."""
     _check_stochastic(param, exp_avg, exp_avg_sq, grad, offset)
-    hyper = (grad_scale, found_inf, beta1, beta2, eps, weight_decay)
-    torch.ops.megapre.adamw_stochastic_(param, exp_avg, exp_avg_sq, grad, lr, step, *hyper, seed, offset)
+    told = Update(**update).arguments()
+    torch.ops.megapre.adamw_stochastic_(param, exp_avg, exp_avg_sq, grad, *told, seed, offset)
 
 
 # The registered ops: kernels in plain torch, fake tensors.
 
 
 def _kernel(
-    param: Tensor | None,
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    lr: Tensor,
-    step: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    param: Tensor | None, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, *told: Any
 ) -> None:
-    reference(
-        master if param is None else param, master, exp_avg, exp_avg_sq, grad, lr=lr, step=step, grad_scale=grad_scale,
-        found_inf=found_inf, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
-    )  # fmt: skip
+    update = dict(zip(ARGUMENTS, told, strict=True))
+    reference(master if param is None else param, master, exp_avg, exp_avg_sq, grad, **update)
 
 
-def _stochastic_kernel(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    lr: Tensor,
-    step: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed: int,
-    offset: int,
-) -> None:
-    stochastic_reference(
-        param, exp_avg, exp_avg_sq, grad, lr=lr, step=step, grad_scale=grad_scale, found_inf=found_inf, beta1=beta1,
-        beta2=beta2, eps=eps, weight_decay=weight_decay, seed=seed, offset=offset,
-    )  # fmt: skip
+def _stochastic_kernel(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, *rest: Any) -> None:
+    *told, seed, offset = rest
+    update = dict(zip(ARGUMENTS, told, strict=True))
+    stochastic_reference(param, exp_avg, exp_avg_sq, grad, seed=seed, offset=offset, **update)
 
 
 def register(ops: torch.library.Library) -> None:
@@ -295,16 +236,14 @@ def register(ops: torch.library.Library) -> None:
     library.add(
         ops,
         "adamw_(Tensor(a!)? param, Tensor(b!) master, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor grad, "
-        "Tensor lr, Tensor step, Tensor? grad_scale, Tensor? found_inf, float beta1, float beta2, float eps, "
-        "float weight_decay) -> ()",
+        f"{UPDATE}) -> ()",
         _kernel,
         lambda *_: None,
     )
     library.add(
         ops,
-        "adamw_stochastic_(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, Tensor lr, "
-        "Tensor step, Tensor? grad_scale, Tensor? found_inf, float beta1, float beta2, float eps, float weight_decay, "
-        "int seed, int offset) -> ()",
+        "adamw_stochastic_(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, "
+        f"{UPDATE}, int seed, int offset) -> ()",
         _stochastic_kernel,
         lambda *_: None,
     )

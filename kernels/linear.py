@@ -2,7 +2,7 @@
 
     y = x W^T + b;   dx = dy W;   dW = dy^T x;   db = sum over rows of dy
 
-Shapes   x [..., I]; weight [O, I]; bias [O]; y [..., O]; T rows of x.
+Shapes   x [..., I], T rows of I inputs; weight [O, I], O outputs; bias [O]; y [..., O].
 FLOPs    2 T I O for each of the three.
 Bytes    x, W read and y written; dy, W read and dx written; dy, x read and dW (fp32 where there is a sink) written.
 Floor    products: FLOPs / product rate.

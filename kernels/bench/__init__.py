@@ -3,5 +3,6 @@
     from megapre.kernels.bench import cases, run
     rows = run.Runner("cpu").case(cases.build("rms_norm", {"T": 2048, "H": 4096}, "bf16", "cpu"), ["forward", "full"])
 
-`cases` says what is measured, `timer` how, `run` puts the two together into rows, `sets` names lists of cases.
+`cases` says what is measured, with a file of builders for each kind of op, `timer` how, `run` puts the two together
+into rows, `sets` names lists of cases.
 """

@@ -10,7 +10,7 @@ import torch._functorch.config as functorch
 from torch import Tensor
 
 from .. import registry
-from .cases import DTYPES, Case, Provider, distance, implementations
+from .case import DTYPES, Case, Provider, distance, implementations
 from .timer import Ceilings, Timer, Work, quantile
 
 

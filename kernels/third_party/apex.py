@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adamw import Update
 from ..adamw import _check as check_adamw
 from ..layer_norm import fused_torch as layer_norm_of_torch
 from ..rms_norm import fused_torch as rms_norm_of_torch
@@ -89,21 +90,14 @@ def adamw_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    *,
-    lr: Tensor,
-    step: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    **update: Any,
 ) -> None:
     """As `adamw.reference`, for fp32 states of fewer than 2^31 elements. `grad` may be written."""
     check_adamw(param, master, exp_avg, exp_avg_sq, grad)
     if master.numel() >= 2**31:
         raise ValueError(f"adamw_: apex takes fewer than 2^31 elements, not {master.numel()}; choose `triton`")
     device = master.device
+    lr, step, beta1, beta2, eps, weight_decay, grad_scale, found_inf = Update(**update)
     skip = torch.zeros(1, dtype=torch.int32, device=device) if found_inf is None else (found_inf != 0).int().view(1)
     scale = torch.ones(1, device=device) if grad_scale is None else grad_scale.float().view(1)
     adamw_mode, bias_correction = 1, 1

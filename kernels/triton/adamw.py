@@ -15,6 +15,7 @@ are no blocks to walk. Scalars of the launch are fp32; 1 - b and log b are round
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -79,20 +80,14 @@ def step_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    lr: Tensor,
-    step: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    *told: Any,
 ) -> None:
-    """One update in place. All flat and contiguous, of one length; master and moments fp32; scalars 0-dim, on the
-    device.
+    """One update in place; `told` is `Update.arguments`. All flat and contiguous, of one length; master and moments
+    fp32; scalars 0-dim, on the device.
 
     `param` None: the master is the parameter. ValueError when a tensor of the state is not contiguous or not fp32.
     """
+    lr, step, grad_scale, found_inf, beta1, beta2, eps, weight_decay = told
     state = (master, exp_avg, exp_avg_sq)
     param = master if param is None else param
     if not all(t.is_contiguous() for t in (param, grad, *state)) or any(t.dtype != torch.float32 for t in state):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adamw import UPDATE
+
 NAMESPACE = "megapre_triton"
 
 
@@ -311,8 +313,7 @@ _OPS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
     ),
     (
         "adamw_(Tensor(a!)? param, Tensor(b!) master, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor grad, "
-        "Tensor lr, Tensor step, float beta1, float beta2, float eps, float weight_decay, Tensor? grad_scale, "
-        "Tensor? found_inf) -> ()",
+        f"{UPDATE}) -> ()",
         "adamw",
         "step_",
         lambda *_: None,

@@ -6,10 +6,12 @@ leaves as they are. Importing this file imports no Triton.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..adamw import Update
 from ..adamw import _check as check_adamw
 from ..attention import check as check_attention
 from ..attention import sdpa
@@ -261,22 +263,12 @@ def adamw_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    *,
-    lr: Tensor,
-    step: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    **update: Any,
 ) -> None:
     """As `kernels.adamw.reference`, for fp32 states."""
     check_adamw(param, master, exp_avg, exp_avg_sq, grad)
     separate = None if param is master else param  # a schema must not name one tensor twice among what it writes
-    torch.ops.megapre_triton.adamw_(
-        separate, master, exp_avg, exp_avg_sq, grad, lr, step, beta1, beta2, eps, weight_decay, grad_scale, found_inf
-    )
+    torch.ops.megapre_triton.adamw_(separate, master, exp_avg, exp_avg_sq, grad, *Update(**update).arguments())
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..kernels.bench.cases import Case
+    from ..kernels.bench.case import Case
     from ..kernels.bench.run import Plan, Row, Runner
 
 DEFAULT_SHAPE = "gpt2-124m"
@@ -148,9 +148,10 @@ def _prepare(request: Request) -> str:
 def plans(request: Request, device: str) -> list[Plan]:
     """The cases in the order they run. BenchRequestError when the request asks for what there is not."""
     from ..kernels.bench import cases, sets
+    from ..kernels.bench.case import MODES
     from ..kernels.bench.run import Plan
 
-    modes = [mode for mode in cases.MODES if mode != "step"]
+    modes = [mode for mode in MODES if mode != "step"]
     for mode in request.modes:
         _known("mode", mode, modes)
     if request.named_set:
@@ -203,15 +204,15 @@ def _known(what: str, name: str, names: Iterable[str]) -> None:
 def _check_providers(request: Request, ops: list[str], device: str) -> None:
     """Every wanted provider must exist for some op, and be able to run."""
     from ..kernels import choose
-    from ..kernels.bench import cases
+    from ..kernels.bench.case import PEERS, implementations
 
     choose(device)
-    rows = [row for op in dict.fromkeys(ops) for row in cases.implementations(op)]
-    names = dict.fromkeys([*(row.name for row in rows), *cases.PEERS])
+    rows = [row for op in dict.fromkeys(ops) for row in implementations(op)]
+    names = dict.fromkeys([*(row.name for row in rows), *PEERS])
     for wanted in request.providers:
         _known("provider", wanted, names)
         reasons = [row.why_not(device) for row in rows if row.name == wanted]
-        if reasons and all(reasons) and wanted not in cases.PEERS:
+        if reasons and all(reasons) and wanted not in PEERS:
             raise BenchRequestError(f"bench kernels: {wanted} cannot run on {device}: {reasons[0]}")
 
 
@@ -365,7 +366,7 @@ def profile_of(rows: list[Row]) -> dict[str, dict[str, dict[str, dict[str, tuple
 
 def _write_profile(device: str, rows: list[Row]) -> None:
     from ..kernels import choose, profile
-    from ..kernels.bench.cases import DTYPES
+    from ..kernels.bench.case import DTYPES
 
     found = profile_of(rows)
     if not found:

@@ -8,6 +8,7 @@ import torch
 from megapre import kernels
 from megapre.kernels import registry
 from megapre.kernels.bench import cases, sets
+from megapre.kernels.bench.case import DTYPES
 from megapre.kernels.bench.run import Plan, Runner
 from megapre.kernels.bench.timer import Ceilings, Timer, quantile
 from megapre.kernels.cost import cost
@@ -77,7 +78,7 @@ def test_preparation_and_emptying_the_caches_are_not_timed() -> None:
 def test_products_in_16_bits_are_held_against_no_less_than_those_in_fp32(dtype: str) -> None:
     timer, ceilings = Timer("cpu", cold=False), Ceilings("cpu")
     for known in (dtype, "fp32"):
-        work = ceilings.probe("product", cases.DTYPES[known])
+        work = ceilings.probe("product", DTYPES[known])
         ceilings.note("product", known, min(timer.turns({"": (work, None)}, 3)[""]))
     assert ceilings.rate("product", dtype) > 0.5 * ceilings.rate("product", "fp32"), "half: times scatter"
 

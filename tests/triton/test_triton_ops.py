@@ -34,8 +34,8 @@ def cases(device: str) -> dict[str, tuple[object, ...]]:
         "cross_entropy": (randn(3, 8), labels, *settings),
         "linear_cross_entropy": (randn(3, 4), randn(8, 4), labels, *settings, True, True),
         "attention": (q, k, randn(1, 5, 1, 16), True, cu_seqlens, 4, 0.25),
-        "adamw_": (randn(9, grad=False).bfloat16(), *state(), *scalars, 0.9, 0.95, 1e-8, 0.1, None, None),
-        "adamw_ of an fp32 parameter": (None, *state(), *scalars, 0.9, 0.95, 1e-8, 0.1, scalars[1], scalars[0]),
+        "adamw_": (randn(9, grad=False).bfloat16(), *state(), *scalars, None, None, 0.9, 0.95, 1e-8, 0.1),
+        "adamw_ of an fp32 parameter": (None, *state(), *scalars, scalars[1], scalars[0], 0.9, 0.95, 1e-8, 0.1),
         "grad_norm": ([randn(9, grad=False), randn(3, 4, grad=False)],),
     }
 
