@@ -1,9 +1,11 @@
 """One command that proves megapre on the GPU at hand: `make gpu-check`, or `python benchmarks/gpu_check.py`.
 
-It uses the interpreter that runs it and needs no network: the native library is built in place, then the GPU tests,
-compute-sanitizer on small shapes, the kernel table, and a training step against its peers run one after the other, each
-in a process of its own under a time limit. What a part printed is kept in its log; a part that fails or runs out of
-time does not stop the next one. The summary is written after every part, so a run that is cut off keeps what it had:
+It uses the interpreter that runs it and needs no network: the native libraries are built in place, Triton's cache is
+filled on all cores, then the GPU tests, compute-sanitizer on small shapes, the kernel table, and a training step
+against its peers run one after the other, each in a process of its own under a time limit. A part may use what earlier
+ones have left of theirs, but not the seconds that are kept for those to come. What it printed is kept in its log; one
+that fails or runs out of time does not stop the next. The summary is written after every part, so a run that is cut off
+keeps what it had:
 
     benchmarks/results/gpu_check_<hardware>_<date>.{json,md}     the summary
     benchmarks/results/gpu_check_<hardware>_<date>_logs/*.log    what each part printed (not for the repository)
@@ -16,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import json
 import os
 import platform
@@ -36,11 +37,16 @@ PYTHON = sys.executable
 
 @dataclass(frozen=True)
 class Part:
-    """A command of the check: its name, what it shows, how long it may run, and its arguments."""
+    """A command of the check: its name, what it shows, how long it may run, and its arguments.
+
+    `kept_s`: seconds that earlier parts must leave it. "{seconds}" in an argument becomes the seconds it has, less
+    ENDING_S.
+    """
 
     name: str
     shows: str
     limit_s: int
+    kept_s: int
     command: Sequence[str]
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -97,23 +103,35 @@ def parts(out: Path) -> list[Part]:
     """Every part of the check, in the order they run; `out` is where they write results."""
     to = os.path.relpath(out, ROOT)  # the results quote their command
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
-    pytest = [PYTHON, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--maxfail=25"]
-    if importlib.util.find_spec("xdist"):  # a test is mostly compilation of kernels, on the host
-        pytest += ["-n", str(min(os.cpu_count() or 1, 12))]
     return [
         Part(
             "build",
-            "the native library builds against this torch",
-            180,
+            "the native libraries build against this torch",
+            150,
+            60,
             [PYTHON, "setup.py", "build_ext", "--inplace"],
             {"MEGAPRE_NATIVE": "1"},
         ),
-        Part("doctor", "what the machine offers and which kernels run", 60, [PYTHON, "-m", "megapre", "doctor"]),
-        Part("tests", "every test marked gpu", 240, [*pytest, "-m", "gpu", "tests"]),
+        Part("doctor", "what the machine offers and which kernels run", 40, 10, [PYTHON, "-m", "megapre", "doctor"]),
+        Part(
+            "precompile",
+            "every Triton kernel compiles for this GPU, at real sizes",
+            90,
+            30,
+            [PYTHON, "benchmarks/precompile.py"],
+        ),
+        Part(
+            "tests",
+            "every test marked gpu, in processes beside each other",
+            240,
+            110,
+            [PYTHON, "benchmarks/gpu_tests.py", "--seconds={seconds}", f"--out={to}/gpu_tests_logs"],
+        ),
         Part(
             "sanitizer",
             "no invalid access in the kernels on small shapes",
             120,
+            60,
             [*sanitizer, PYTHON, "benchmarks/gpu_small_shapes.py"],
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
@@ -121,15 +139,29 @@ def parts(out: Path) -> list[Part]:
             "kernels",
             "the kernel table against peers and the measured ceilings",
             150,
-            [PYTHON, "benchmarks/kernels_gpu.py", f"--out={to}", "--budget=120"],
+            90,
+            [PYTHON, "benchmarks/kernels_gpu.py", f"--out={to}", "--budget={seconds}"],
         ),
         Part(
             "train-step",
             "the training step against peers",
             180,
-            [PYTHON, "benchmarks/train_step.py", "--device=cuda", "--repeats=1", f"--out={to}", "--budget=140"],
+            100,
+            [
+                *(PYTHON, "benchmarks/train_step.py", "--device=cuda", "--repeats=1"),
+                *(f"--out={to}", "--budget={seconds}"),
+            ],
         ),
     ]
+
+
+ENDING_S = 20
+"""Of a part's time, what it has to write down its results after it was told to end."""
+
+
+def share(part: Part, later: Sequence[Part], left_s: float) -> float:
+    """The seconds that `part` may run, of those that are left for it and all `later` ones."""
+    return min(part.limit_s, left_s - sum(other.kept_s for other in later))
 
 
 def run_part(part: Part, log: Path, limit_s: float) -> Outcome:
@@ -139,7 +171,7 @@ def run_part(part: Part, log: Path, limit_s: float) -> Outcome:
     start = time.monotonic()
     with log.open("w") as stream:
         process = subprocess.Popen(
-            list(part.command),
+            [argument.replace("{seconds}", f"{max(limit_s - ENDING_S, 10):.0f}") for argument in part.command],
             cwd=ROOT,
             env=environment,
             stdout=stream,
@@ -205,17 +237,16 @@ def main() -> int:
     logs.mkdir(parents=True, exist_ok=True)
 
     outcomes: list[Outcome] = []
-    for part in parts(out):
-        if part.name not in wanted:
-            continue
-        left = deadline - time.monotonic()
+    chosen = [part for part in parts(out) if part.name in wanted]
+    for number, part in enumerate(chosen):
+        left = share(part, chosen[number + 1 :], deadline - time.monotonic())
         if left < 10:
             outcomes.append(Outcome(part.name, "skipped", 0.0, f"{left:.0f} s left of {arguments.limit:.0f} s"))
         elif not shutil.which(part.command[0]):
             outcomes.append(Outcome(part.name, "skipped", 0.0, f"{part.command[0]} is not on this machine"))
         else:
-            print(f"{part.name}: {part.shows} ...", flush=True)
-            outcomes.append(run_part(part, logs / f"{part.name}.log", min(part.limit_s, left)))
+            print(f"{part.name}: {part.shows} ({left:.0f} s) ...", flush=True)
+            outcomes.append(run_part(part, logs / f"{part.name}.log", left))
         print(f"{part.name}: {outcomes[-1].status}, {outcomes[-1].seconds} s: {outcomes[-1].note}", flush=True)
         write_summary(out, stem, machine, outcomes)
     return 0 if all(outcome.status == "passed" for outcome in outcomes) else 1

@@ -56,6 +56,7 @@ def config(task: Task) -> Config:
                 "dtype": "bf16",
                 "device": task["device"],
                 "compile": task["provider"] == "megapre-compile",
+                "cuda_graph": task["provider"] == "megapre-graph",
             },
         }
     )

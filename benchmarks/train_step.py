@@ -11,6 +11,7 @@ Tokens   log-uniform (frequencies as 1 / rank, Zipf), so that there is something
     megapre-bf16             bf16 weights, moments and gradients alone, rounded at random
     megapre-bf16-recompute   the same, outputs of norms and activations computed again in the backward
     megapre-compile          megapre with run.compile=true
+    megapre-graph            megapre with run.cuda_graph=true, on CUDA
     hf-bf16                  Hugging Face, bf16 weights and bf16 AdamW states: less precise and less work than megapre's
     hf-bf16-compile          the same through torch.compile
     hf-autocast              fp32 weights under bf16 autocast: the precision that megapre's master weights give
@@ -75,6 +76,7 @@ PROVIDERS = (
     "megapre-bf16",
     "megapre-bf16-recompute",
     "megapre-compile",
+    "megapre-graph",
     "hf-bf16",
     "hf-bf16-compile",
     "hf-autocast",
@@ -106,7 +108,8 @@ def main() -> None:
     if arguments.worker:
         print("RESULT " + json.dumps(work(json.loads(arguments.worker))))
         return
-    providers = [p for p in PROVIDERS if not arguments.only or p in arguments.only.split(",")]
+    here = [p for p in PROVIDERS if p != "megapre-graph" or arguments.device == "cuda"]
+    providers = [p for p in here if not arguments.only or p in arguments.only.split(",")]
     cases = [case for case in SETTINGS[arguments.device]["cases"] if arguments.case in ("", case[0])]
     with tempfile.TemporaryDirectory() as folder:
         rows, products, profiles = measure(providers, cases, arguments, Path(folder))
