@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 AXES = ("tp", "cp", "dp", "pp", "world")
-CASE_BUDGET = 1.0  # seconds for one size of one collective
+BUDGET = 10.0  # seconds for one collective on one axis
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _run(request: Request, ranks: Ranks, out: str | None, write_profile: bool, p
     rows: list[Row] = []
     links: dict[tuple[str, str], Link | str] = {}
     for axis, collective in cases(request, ranks):
-        found = list(measure(request, ranks, axis, collective))
+        found = measure(request, ranks, axis, collective)
         rows += found
         links[axis, collective] = linked(found)
         if ranks.first:
@@ -158,20 +158,23 @@ def cases(request: Request, ranks: Ranks) -> list[tuple[str, str]]:
     return [(axis, name) for axis in several for name in (of_pipeline if axis == "pp" else of_group)]
 
 
-def measure(request: Request, ranks: Ranks, axis: str, collective: str) -> Iterator[Row]:
+def measure(request: Request, ranks: Ranks, axis: str, collective: str) -> list[Row]:
     """A row for each size, checked before and after it is timed."""
     from ..parallel.collectives import Call, group_of, rounded
     from ..parallel.stopwatch import sample
 
-    size_of = group_of(ranks.groups, axis).size
-    for size in dict.fromkeys(rounded(size, size_of) for size in ladder(request)):
-        call = Call(collective, ranks.groups, axis, size)
-        before = call.check()
-        times = sample(partial(_message, ranks, call), request.repeats, CASE_BUDGET)
-        wrong = call.check() or before  # both, on every rank, whatever came out first
+    among = group_of(ranks.groups, axis).size
+    sizes = list(dict.fromkeys(rounded(size, among) for size in ladder(request)))
+    calls = [Call(collective, ranks.groups, axis, size) for size in sizes]
+    before = [call.check() for call in calls]
+    times = sample([partial(_message, ranks, call) for call in calls], request.repeats, BUDGET)
+    rows = []
+    for call, first, found in zip(calls, before, times, strict=True):
+        wrong = call.check() or first  # on every rank, whatever came out first
         if ranks.stopwatch.most(float(bool(wrong))) and not wrong:
             wrong = "numbers are wrong on another rank"
-        yield row(axis, size_of, collective, size, times, wrong)
+        rows.append(row(axis, among, collective, call.size, found, wrong))
+    return rows
 
 
 def _message(ranks: Ranks, call: Call, calls: int) -> float:

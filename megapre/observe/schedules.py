@@ -137,7 +137,7 @@ def compare_recipe(
     peak = device.peak("bf16" if cfg.run.dtype == "fp16" else cfg.run.dtype)
     assert peak is not None, "every device has a rate for what a run can be in"
     dp = Mesh(world, layout.tp, layout.pp, layout.cp).dp if world else layout.dp or 1
-    if comm_profile and (found := measured_link(comm_profile, device.names, layout, dp)):
+    if comm_profile and (found := measured_link(comm_profile, gpu, layout, dp)):
         latency, link = found.latency * 1e6, found.bandwidth / 1e9
     rates = Rates(peak * mfu, device.bandwidth, latency * 1e-6, link * 1e9)
     counts = micro_batches or cfg.batch.micro_batches(dp)
@@ -158,16 +158,14 @@ def compare_recipe(
     return _print(rows, "ms", in_flight, None if memory is None else memory * GIB)
 
 
-def measured_link(named: str, hardware: Sequence[str], layout: Layout, dp: int) -> Link | None:
-    """Between two stages, by a profile of `megapre bench comm`; warns and is None where that says nothing of this
-    hardware, by any of its names, in this layout.
+def measured_link(named: str, gpu: str, layout: Layout, dp: int) -> Link | None:
+    """Between two stages, by a profile of `megapre bench comm`; warns and is None where that says nothing of `gpu`, as
+    its driver calls it, in this layout.
     """
-    why = ""
-    for name in hardware:
-        here: dict[str, str | int] = {"hardware": name, "tp": layout.tp, "pp": layout.pp, "cp": layout.cp, "dp": dp}
-        profile, why = profiles.find(profiles.path(named), here)
-        if profile is not None and (link := profile.links.get("pp", {}).get("send_recv")):
-            return link
+    here: dict[str, str | int] = {"hardware": gpu, "tp": layout.tp, "pp": layout.pp, "cp": layout.cp, "dp": dp}
+    profile, why = profiles.find(profiles.path(named), here)
+    if profile is not None and (link := profile.links.get("pp", {}).get("send_recv")):
+        return link
     why = why or "it has no send_recv of the pp axis; measure it with `megapre bench comm --write-profile`"
     warnings.warn(f"the communication profile is not used: {why}", stacklevel=2)
     return None

@@ -7,7 +7,7 @@ decide alike. On CUDA the time is between two events of the current stream, into
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -69,11 +69,18 @@ def calls_for(once: Once, least: float = LEAST) -> int:
     return max(1, min(MOST_CALLS, round(least / seconds + 0.5))) if seconds > 0 else MOST_CALLS
 
 
-def sample(once: Once, repeats: int, budget: float, least: float = LEAST) -> list[float]:
-    """Up to `repeats` times of one call, five at least, in about `budget` seconds."""
-    calls = calls_for(once, least)
-    times = [once(calls)]
-    affordable = int(budget / max(times[0] * calls, 1e-9))
-    for _ in range(min(repeats, max(5, affordable)) - 1):
-        times.append(once(calls))
+def sample(of: Sequence[Once], repeats: int, budget: float, least: float = LEAST) -> list[list[float]]:
+    """Up to `repeats` times of one call of each, five at least, in about `budget` seconds for all together.
+
+    They take turns, so that what else the machine does for a moment hits one time of each and no median.
+    """
+    counts = [calls_for(once, least) for once in of]
+    times: list[list[float]] = [[] for _ in of]
+    spent = 0.0
+    for number in range(repeats):
+        if number >= 5 and spent > budget:
+            break
+        for once, calls, found in zip(of, counts, times, strict=True):
+            found.append(once(calls))
+            spent += found[-1] * calls
     return times

@@ -1,8 +1,9 @@
 """Which of several candidates is faster than the default, measured in turns, with a stated chance of being wrong.
 
-In each round the default and the candidates are measured one after the other, and a candidate wins the round where its
-time is below (1 - margin) times the default's of the same round. Were it no faster than that, it would win a round with
-a chance of at most 1/2, whatever the distribution of times, so that
+In each round the default and the candidates are measured one after the other in an order drawn anew, and a candidate
+wins the round where its time is below (1 - margin) times the default's of the same round. Were it no faster than that,
+it would win a round with a chance of at most 1/2, whatever the distribution of times, what drifts, and what one
+measurement does to the next, so that
 
     wealth(wins of n) = sum_{j <= wins} C(n + 1, j) / ((n + 1) C(n, wins))
 
@@ -16,6 +17,7 @@ candidate that they speak against by 20 to 1 is measured no further; that can on
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -61,13 +63,14 @@ def compare(
     needed = len(candidates) / error
     ratios: dict[str, list[float]] = {name: [] for name in candidates}
     decided: dict[str, str] = {}
-    for number in range(rounds):
+    order = random.Random(0)  # the same on every rank
+    for _ in range(rounds):
         alive = [name for name in candidates if name not in decided]
         if not alive:
             break
         turns = ["", *alive]
-        begin = number % len(turns)  # another one begins each round: what drifts hits all alike
-        times = {name: candidates[name]() if name else default() for name in turns[begin:] + turns[:begin]}
+        order.shuffle(turns)
+        times = {name: candidates[name]() if name else default() for name in turns}
         for name in alive:
             ratios[name].append(times[name] / times[""])
             count, wins = len(ratios[name]), _wins(ratios[name], margin)

@@ -12,7 +12,10 @@ import pytest
 
 import megapre.data.tokenize
 import megapre.data.tokenizer
+import megapre.launch.local
+import megapre.observe.bench_comm
 import megapre.observe.bench_kernels
+import megapre.observe.tune_comm
 import megapre.train.bench
 import megapre.train.evaluate
 import megapre.train.loop
@@ -279,3 +282,37 @@ def test_a_closed_pipe_is_no_bug() -> None:
 
 
 ROOT = Path(os.path.realpath(cli.__file__)).parents[2]
+
+
+def test_bench_comm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = door(monkeypatch, megapre.observe.bench_comm, "run", 1)
+    assert run("bench", "comm") == 1
+    request = megapre.observe.bench_comm.Request()
+    bench.assert_called_once_with(request, load("debug").layout, None, False, "")  # type: ignore[attr-defined]
+    options = "--axis tp,pp --collective all_reduce --from 4KiB --to 1GiB --factor 4 --repeats 9 --device cpu --out o"
+    words = ["debug", "layout.tp=2", *options.split(), "--write-profile", "--profile", "p"]
+    assert run("bench", "comm", *words) == 1
+    request = megapre.observe.bench_comm.Request(
+        ("tp", "pp"), ("all_reduce",), smallest=2**12, largest=2**30, factor=4, repeats=9, device="cpu"
+    )
+    layout = load("debug", ["layout.tp=2"]).layout
+    bench.assert_called_with(request, layout, "o", True, "p")  # type: ignore[attr-defined]
+
+
+def test_tune_comm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune = door(monkeypatch, megapre.observe.tune_comm, "run", 0)
+    assert run("tune", "comm", "debug", "layout.tp=2") == 0
+    cfg = load("debug", ["layout.tp=2"])
+    tune.assert_called_once_with(cfg, megapre.observe.tune_comm.Request(), None, "")  # type: ignore[attr-defined]
+    options = "--only buckets --margin 5 --error 10 --rounds 9 --budget 3 --out o --profile p"
+    assert run("tune", "comm", "debug", "layout.tp=2", *options.split()) == 0
+    request = megapre.observe.tune_comm.Request(("buckets",), 0.05, 0.1, 9, 3.0)
+    tune.assert_called_with(cfg, request, "o", "p")  # type: ignore[attr-defined]
+
+
+def test_launch_passes_another_verb_with_all_its_options(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = door(monkeypatch, megapre.launch.local, "run_verb", 75)
+    assert run("launch", "local", "--grace", "7", "--nproc", "3", "tune", "comm", "debug", "--rounds", "2") == 75
+    launch.assert_called_once_with(["tune", "comm", "debug", "--rounds", "2"], 3, 7.0)  # type: ignore[attr-defined]
+    assert run("launch", "local", "bench", "comm", "--axis", "tp") == 2
+    launch.assert_called_once()  # type: ignore[attr-defined]

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from megapre import cli
+from megapre.plan import Link
+from megapre.plan.comm_profile import write
 from megapre.schedule import build, read
 
 
@@ -65,6 +67,23 @@ def test_compare_of_a_recipe_weighs_memory(monkeypatch: pytest.MonkeyPatch, caps
     assert "best within 36 GiB a rank: 1f1b" in capsys.readouterr().out
     assert run(monkeypatch, "compare", "llama3-70b", "layout.pp=8", *sizes, "--chunks", "3") == 0
     assert "80 layers % (8 * 3) = 8" in capsys.readouterr().out
+
+
+def test_compare_takes_the_measured_link_of_this_layout_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    key = {"device": "cuda", "hardware": "NVIDIA H100 80GB HBM3", "nodes": 64, "tp": 8, "pp": 4, "cp": 1, "dp": 16}
+    file = tmp_path / "comm-profile.json"
+    write(file, key, {"pp": {"send_recv": Link(2.5e-5, 4.21e10)}})
+    words = ["compare", "llama3-70b", "--micro-batches", "16", "--comm-profile", str(file)]
+    assert run(monkeypatch, *words, "--world", "512") == 0
+    assert "messages 42.1 GB/s + 25 us" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="dp was 16 and is 8; measure again"):
+        assert run(monkeypatch, *words, "--world", "256") == 0
+    assert "messages 50 GB/s + 10 us" in capsys.readouterr().out
+    write(file, {**key, "dp": 8}, {"tp": {"all_reduce": Link(2.5e-5, 4.21e10)}})
+    with pytest.warns(UserWarning, match="no send_recv of the pp axis"):
+        assert run(monkeypatch, *words, "--world", "256") == 0
 
 
 @pytest.mark.parametrize(

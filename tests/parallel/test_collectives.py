@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -109,9 +110,20 @@ def test_a_sample_takes_as_many_calls_as_last_and_as_many_times_as_it_can_afford
         return 1e-4
 
     assert calls_for(once, 2e-3) in (20, 21)
-    assert len(sample(once, 25, budget=1.0)) == 25
-    assert len(sample(once, 25, budget=0.0)) == 5
+    assert [len(times) for times in sample([once, once], 25, budget=1.0)] == [25, 25]
+    assert [len(times) for times in sample([once, once], 25, budget=0.0)] == [5, 5]
     assert asked[-1] in (20, 21)
+
+
+def test_calls_take_turns() -> None:
+    said: list[str] = []
+
+    def once(name: str, calls: int) -> float:
+        said.append(name)
+        return 1.0
+
+    sample([partial(once, "a"), partial(once, "b")], 6, budget=0.0)
+    assert "".join(said) == "aabb" + "ab" * 5
 
 
 def again() -> tuple[int, float, str]:
