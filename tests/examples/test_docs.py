@@ -10,6 +10,8 @@ from pathlib import Path
 import click
 import pytest
 
+from megapre.cli.options import Launcher
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -30,9 +32,17 @@ def test_python_sessions_print_what_they_show(page: Path) -> None:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The megapre commands of a page, as words."""
+    """The megapre commands of a page, as words; one that another command launches on several ranks is one by itself."""
     lines = [line for block in blocks(page, "console") for line in block.splitlines()]
-    return [line.removeprefix("$ megapre ").split("#")[0].split() for line in lines if line.startswith("$ megapre ")]
+    found = []
+    for line in lines:
+        for start in ("$ megapre ", " -m megapre "):
+            _, has, after = line.partition(start)
+            if line.startswith("$ ") and has:
+                words = after.split("#")[0].split()
+                cut = next((at for at in range(1, len(words)) if words[at : at + 2] in Launcher.VERBS), len(words))
+                found += [part for part in (words[:cut], words[cut:]) if part]
+    return found
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.stem)
