@@ -103,6 +103,9 @@ def schedule_check(
 @click.option("--gpu", default="NVIDIA H100 80GB HBM3", show_default=True, help="Whose peaks RECIPE's costs come from.")
 @click.option("--mfu", default=0.5, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Of its peak.")
 @click.option("--link", default=50.0, show_default=True, type=click.FloatRange(0, min_open=True), help="GB/s.")
+@click.option(
+    "--tp-link", default=300.0, show_default=True, type=click.FloatRange(0, min_open=True), help="GB/s of tp."
+)
 @click.option("--latency", default=10.0, show_default=True, type=click.FloatRange(0), help="Of a message, in us.")
 @click.option("--comm-profile", default="", help="Instead of --link and --latency: what bench comm measured; or auto.")
 @TIMES
@@ -118,6 +121,7 @@ def schedule_compare(
     gpu: str,
     mfu: float,
     link: float,
+    tp_link: float,
     latency: float,
     comm_profile: str,
     times: str,
@@ -147,6 +151,7 @@ def schedule_compare(
         gpu=gpu,
         mfu=mfu,
         link=link,
+        tp_link=tp_link,
         latency=latency,
         in_flight=in_flight,
         memory=memory,

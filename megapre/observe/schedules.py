@@ -116,15 +116,19 @@ def compare_recipe(
     in_flight: float | None = None,
     memory: float | None = None,
     comm_profile: str = "",
+    tp_link: float = 300.0,
 ) -> int:
     """Prints a row for each schedule, with the costs and the memory of the recipe's model in its layout.
 
-    `link` (GB/s) and `latency` (us) are those of a message, unless `comm_profile` names a file with measured ones.
+    `link` (GB/s) and `latency` (us) are those of a message, unless `comm_profile` names a file with measured ones, and
+    of the collectives among replicas; `tp_link` (GB/s of bus bandwidth) is that among tensor-parallel ranks.
     """
     from ..mesh import Mesh
     from ..plan import find as find_device
     from ..plan import fullest_rank
+    from ..plan.communication import of_data
     from ..plan.hardware import DEVICES
+    from ..plan.link import Link
     from ..plan.stages import Rates, stage_costs
 
     layout = cfg.layout
@@ -139,7 +143,9 @@ def compare_recipe(
     dp = Mesh(world, layout.tp, layout.pp, layout.cp).dp if world else layout.dp or 1
     if comm_profile and (found := measured_link(comm_profile, gpu, layout, dp)):
         latency, link = found.latency * 1e6, found.bandwidth / 1e9
-    rates = Rates(peak * mfu, device.bandwidth, latency * 1e-6, link * 1e9)
+    between = Link(latency * 1e-6, link * 1e9)
+    inside = Link(latency * 1e-6, tp_link * 1e9)
+    rates = Rates(peak * mfu, device.bandwidth, between.latency, between.bandwidth, inside)
     counts = micro_batches or cfg.batch.micro_batches(dp)
     tried = numbers(chunks, "chunks") if chunks else (max(layout.vpp, 2),)
     rows = rows_of(
@@ -148,12 +154,14 @@ def compare_recipe(
         tried,
         lambda plan: stage_costs(cfg, plan.chunks, rates, plan.placement),
         lambda plan: fullest_rank(cfg, dp, "cuda", plan=plan).total,
+        lambda timeline: of_data(cfg, timeline, dp, between),
         layout.group or None,
     )
     print(
         f"{cfg.name}: tp {layout.tp}, pp {layout.pp}, cp {layout.cp}, dp {dp}; {counts} micro-batches of "
         f"{cfg.batch.micro} x {cfg.batch.seq_length:,} tokens\n{device.names[0]} at {mfu:.0%} of {peak / 1e12:.0f} "
-        f"TFLOP/s, messages {link:.4g} GB/s + {latency:.4g} us\n"
+        f"TFLOP/s, messages and replicas {link:.4g} GB/s + {latency:.4g} us, "
+        f"tensor-parallel ranks {tp_link:.4g} GB/s\n"
     )
     return _print(rows, "ms", in_flight, None if memory is None else memory * GIB)
 
@@ -212,7 +220,7 @@ def _table(rows: Sequence[Row], chosen: Row | None, unit: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("schedule", no_wrap=True)
     names = ["chunks", f"step{' ' + unit if unit else ''}", "bubble", "in flight", "messages"]
-    for name in [*names, *(["sent GiB", "memory GiB"] if with_bytes else [])]:
+    for name in [*names, *(["dp ms", "sent GiB", "memory GiB"] if with_bytes else [])]:
         table.add_column(name, justify="right", no_wrap=True)
     if any(row.refused for row in rows):
         table.add_column("", ratio=1)
@@ -220,11 +228,15 @@ def _table(rows: Sequence[Row], chosen: Row | None, unit: str) -> Table:
         style = "bold" if row is chosen else ""
         name = f"{row.name} *" if row is chosen else row.name
         if row.timeline is None:
-            table.add_row(name, str(row.chunks), *[""] * (len(names) - 1 + 2 * with_bytes), row.refused, style="dim")
+            table.add_row(name, str(row.chunks), *[""] * (len(names) - 1 + 3 * with_bytes), row.refused, style="dim")
             continue
-        cells = [f"{row.timeline.makespan * scale:,.5g}", f"{row.timeline.bubble:.1%}", f"{row.in_flight:g}"]
+        cells = [f"{row.step * scale:,.5g}", f"{row.timeline.bubble:.1%}", f"{row.in_flight:g}"]
         cells.append(f"{row.messages:,}")
         if with_bytes:
-            cells += [f"{max(row.timeline.sent) / GIB:.3g}", f"{(row.memory or 0) / GIB:.1f}"]
+            cells += [
+                f"{row.exposed * scale:,.3g}",
+                f"{max(row.timeline.sent) / GIB:.3g}",
+                f"{(row.memory or 0) / GIB:.1f}",
+            ]
         table.add_row(name, str(row.chunks), *cells, style=style)
     return table

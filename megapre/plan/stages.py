@@ -2,7 +2,8 @@
 
 The gradient of a layer's input (I) costs what its forward does and the attention scores once more; that of its weights
 (W) the matrices alone; a recomputed block adds its forward to I. The last stage has the head besides, and the first the
-embedding, which costs no FLOPs but memory traffic.
+embedding, which costs no FLOPs but memory traffic. What collectives of tensor parallelism are not hidden come on top
+(communication.py).
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from ..config import Config
 from ..schedule import Costs, Placement
 from . import params
 from .activations import ELEMENT, stage_activations
+from .communication import OfTensor, of_tensor
+from .link import Link
 from .partition import StageError, layers_of_stages
 
 MICRO, GIGA = 1e-6, 1e9
@@ -18,12 +21,16 @@ MICRO, GIGA = 1e-6, 1e9
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device reaches, FLOP/s of products and bytes/s of its memory, and the link between two stages."""
+    """What a device reaches, FLOP/s of products and bytes/s of its memory, and the link between two stages.
+
+    `tensor`: the link among tensor-parallel ranks; None: their collectives cost nothing.
+    """
 
     flops: float
     memory: float
     latency: float = 10 * MICRO
     link: float = 50 * GIGA
+    tensor: Link | None = None
 
 
 def stage_costs(cfg: Config, chunks: int, rates: Rates, placement: Placement | None = None) -> Costs:
@@ -46,19 +53,24 @@ def stage_costs(cfg: Config, chunks: int, rates: Rates, placement: Placement | N
     stream = tokens * model.hidden / (layout.tp if layout.sequence_parallel else 1)
     look_up = 2 * element * stream / rates.memory
     add_up = (element + 2 * 4) * stream / rates.memory  # fp32 gradients are read and written
+    wait = of_tensor(cfg, rates.tensor, rates.flops) if rates.tensor is not None else OfTensor()
     again = [min(layout.recompute_layers or n, n) if "block" in layout.recompute else 0 for n in cut]
 
     def each(layer: float, first: float = 0.0, last: float = 0.0) -> list[float]:
         return [n * layer + first * (stage == 0) + last * (stage == stages - 1) for stage, n in enumerate(cut)]
 
+    one = matrices + scores + wait.layer.forward
+    repeated = [n * one for n in again]
+    of_input = each(matrices + 2 * scores, last=head)
+    of_weights = each(matrices, first=add_up, last=head)
+    wait_i = each(wait.layer.input, wait.embedding.input, wait.head.input)
+    wait_b = each(wait.layer.backward, wait.embedding.backward, wait.head.backward)
     return Costs.of(
         stages,
-        forward=each(matrices + scores, first=look_up, last=head),
-        input=[
-            cost + n * (matrices + scores)
-            for cost, n in zip(each(matrices + 2 * scores, last=head), again, strict=True)
-        ],
-        weights=each(matrices, first=add_up, last=head),
+        forward=each(one, first=look_up + wait.embedding.forward, last=head + wait.head.forward),
+        input=[sum(parts) for parts in zip(of_input, repeated, wait_i, strict=True)],
+        weights=of_weights,
+        backward=[sum(parts) for parts in zip(of_input, repeated, of_weights, wait_b, strict=True)],
         message=element * stream,
         kept=[kept.whole for kept in activations],
         kept_for_weights=[kept.for_weights for kept in activations],

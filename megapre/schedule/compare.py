@@ -19,7 +19,14 @@ class Row:
     timeline: Timeline | None
     memory: float | None = None
     """Bytes of the fullest rank, where they are known."""
+    exposed: float = 0.0
+    """Time of a step beside the timeline: of the communication among replicas what nothing hides."""
     refused: str = ""
+
+    @property
+    def step(self) -> float:
+        """Time of a whole step."""
+        return 0.0 if self.timeline is None else self.timeline.makespan + self.exposed
 
     @property
     def in_flight(self) -> float:
@@ -38,12 +45,13 @@ def compare(
     chunks: Sequence[int],
     costs: Callable[[Schedule], Costs],
     memory: Callable[[Schedule], float] | None = None,
+    exposed: Callable[[Timeline], float] | None = None,
     group: int | None = None,
 ) -> list[Row]:
     """A row for every schedule and each of `chunks` it has an order for, or its own least number of them.
 
-    `costs` gives those of the model cut into a schedule's stages, `memory` the bytes of its fullest rank. A UserError
-    of either, or of the builder, becomes a row that says so.
+    `costs` gives those of the model cut into a schedule's stages, `memory` the bytes of its fullest rank, and `exposed`
+    what its step takes beside the timeline. A UserError of one of them, or of the builder, becomes a row that says so.
     """
     rows: list[Row] = []
     for name, builder in BUILDERS.items():
@@ -53,7 +61,8 @@ def compare(
                 option = group if "group" in builder.options else None
                 schedule = build(name, ranks, count, micro_batches, group=option)
                 timeline = simulate(schedule, costs(schedule))
-                rows.append(Row(name, count, timeline, memory(schedule) if memory else None))
+                held, more = memory(schedule) if memory else None, exposed(timeline) if exposed else 0.0
+                rows.append(Row(name, count, timeline, held, more))
             except UserError as error:
                 rows.append(Row(name, count, None, refused=str(error).removeprefix("schedule: ")))
     return rows
@@ -73,7 +82,7 @@ def best(rows: Sequence[Row], in_flight: float | None = None, memory: float | No
         limit = f"{memory:,.0f} bytes" if memory is not None else f"{in_flight:g} micro-batches in flight"
         has = f"{least.memory:,.0f} bytes" if memory is not None else f"{least.in_flight:g}"
         raise ScheduleError(f"compare: no schedule is within {limit}; the least is {least.name} with {has}")
-    return min(within, key=lambda row: (round(row.timeline.makespan, 9) if row.timeline else 0.0, row.in_flight))
+    return min(within, key=lambda row: (round(row.step, 9), row.in_flight))
 
 
 def _within(row: Row, in_flight: float | None, memory: float | None) -> bool:

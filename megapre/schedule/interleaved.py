@@ -25,10 +25,15 @@ def interleaved(ranks: int, chunks: int, micro_batches: int, group: int | None =
     if not _allowed(g, ranks, micro_batches):
         allowed = [size for size in range(1, micro_batches + 1) if _allowed(size, ranks, micro_batches)]
         nearest = sorted(sorted(allowed, key=lambda size: (abs(size - g), size))[:2])
+        rest = f", {micro_batches % g} left over" if g > 0 and micro_batches % g else ""
+        needs = (
+            f"all {micro_batches} are one group, for they are no more than the ranks"
+            if micro_batches <= ranks
+            else f"each group, the last one too, needs {ranks} to {micro_batches}"
+        )
         raise ScheduleError(
-            f"schedule: interleaved cannot run {micro_batches} micro-batches over {ranks} ranks in groups of {g}: each "
-            f"group, the last one too ({micro_batches % g if g > 0 else 'none'} left over), needs {ranks} to "
-            f"{micro_batches}; nearest: group {' or '.join(map(str, nearest))}"
+            f"schedule: interleaved cannot run {micro_batches} micro-batches over {ranks} ranks in groups of {g}{rest}"
+            f": {needs}; nearest: group {' or '.join(map(str, nearest))}"
         )
     order = [
         (i, chunk)
