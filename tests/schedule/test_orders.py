@@ -67,14 +67,14 @@ def test_groups_of_interleaved() -> None:
     assert build("interleaved", 4, 2, 11) == build("interleaved", 4, 2, 11, group=6)
     assert build("interleaved", 4, 2, 3) == build("interleaved", 4, 2, 3, group=3)
     with pytest.raises(
-        ScheduleError, match=r"8 micro-batches over 4 ranks in groups of 5, 3 left over: each group.* needs 4 to 8"
+        ScheduleError, match="4 ranks in groups of 5, 3 left over: each group, the last one too, needs 4 to 8"
     ):
         build("interleaved", 4, 2, 8, group=5)
     with pytest.raises(ScheduleError, match="nearest: group 4 or 8"):
         build("interleaved", 4, 2, 8, group=6)
     with pytest.raises(ScheduleError, match="groups of 0: "):
         build("interleaved", 4, 2, 8, group=0)
-    with pytest.raises(ScheduleError, match="groups of 2, 1 left over: all 3 are one group, .*; nearest: group 3"):
+    with pytest.raises(ScheduleError, match="groups of 2, 1 left over: all 3 are one group, for they are no more"):
         build("interleaved", 4, 2, 3, group=2)
 
 
