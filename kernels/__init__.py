@@ -11,9 +11,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .registry import Kernels, KernelUnavailable, Row, choose, table
+    from .registry import Kernels, KernelUnavailable, Row, choose, serves, table
 
-__all__ = ["KernelUnavailable", "Kernels", "Row", "choose", "table"]
+__all__ = ["KernelUnavailable", "Kernels", "Row", "choose", "serves", "table"]
 
 
 def __getattr__(name: str) -> Any:

@@ -52,6 +52,8 @@ class Implementation:
     why_not: Callable[[str], str] = _nothing
     takes: str = ""
     """Which calls it takes, where it refuses some of the op's contract: by a ValueError, never by another's hand."""
+    serves: str = ""
+    """What serves which class of calls, where that depends on the call."""
     note: str = ""
     """What a user should know before choosing it."""
 
@@ -154,8 +156,20 @@ IMPLEMENTATIONS = (
     Implementation("vocab_parallel_linear_cross_entropy", "chunked", vocab_parallel_linear_cross_entropy.chunked),
     Implementation("vocab_parallel_linear_cross_entropy", "reference", vocab_parallel_linear_cross_entropy.reference),
     Implementation("attention", "native", attention.native, _needs_native("attention", "attention_backward_")),
-    Implementation("attention", "cudnn_or_triton", torch_sdpa.cudnn_or_triton, torch_sdpa.why_not_cudnn_or_triton),
-    Implementation("attention", "sdpa_or_triton", triton.attention_by_mask, triton.why_not),
+    Implementation(
+        "attention",
+        "cudnn_or_triton",
+        torch_sdpa.cudnn_or_triton,
+        torch_sdpa.why_not_cudnn_or_triton,
+        serves="dense: cudnn, or sdpa where that cannot; documents, windows, lse: triton",
+    ),
+    Implementation(
+        "attention",
+        "sdpa_or_triton",
+        triton.attention_by_mask,
+        triton.why_not,
+        serves="dense: sdpa; documents, windows, lse: triton",
+    ),
     Implementation("attention", "sdpa", attention.sdpa),
     Implementation("attention", "triton", triton.attention, triton.why_not),
     Implementation("attention", "cudnn", torch_sdpa.cudnn, torch_sdpa.why_not_cudnn, torch_sdpa.TAKES_CUDNN),
@@ -235,6 +249,11 @@ _BEHIND = {
     "profile": "can run; {} was measured to be faster",
     "config": "can run; the config names {}",
 }
+
+
+def serves(op: str, name: str) -> str:
+    """What serves which class of calls of implementation `name`; empty where it serves all itself."""
+    return next(row.serves for row in IMPLEMENTATIONS if (row.op, row.name) == (op, name))
 
 
 class _Choice(NamedTuple):

@@ -6,6 +6,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from .folder import read_metrics
+from .memory import comparison, total
 from .metrics import bytes_text, duration_text, percent_text
 from .plot import loss_curve
 
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
     from .screen import Screen
 
 
-def conclude(folder: RunFolder, screen: Screen, plan: Plan, memory: int) -> None:
+def conclude(folder: RunFolder, screen: Screen, plan: Plan, memory: dict[str, int]) -> None:
     """Prints and writes the summary, and draws loss.png where matplotlib is installed.
 
-    `memory`: bytes that the run took on the rank that took the most, beside what the process held before the model was
-    built, which the plan does not count.
+    `memory`: bytes by category (memory.py) of the rank that took the most, beside what the process held before the
+    model was built, which the plan does not count.
     """
     records = read_metrics(folder.path)
     steps = [r for r in records if "loss" in r]
@@ -39,7 +40,7 @@ def conclude(folder: RunFolder, screen: Screen, plan: Plan, memory: int) -> None
         "training_s": seconds,
         "tokens_per_s": speed,
         "mfu": plan.mfu(speed),
-        "memory_bytes": {"predicted": plan.memory.total, "measured": memory},
+        "memory_bytes": {"predicted": plan.memory.as_json(), "measured": {**memory, "total": total(memory)}},
     }
     folder.write_json("summary.json", summary)
     screen.say(
@@ -48,8 +49,9 @@ def conclude(folder: RunFolder, screen: Screen, plan: Plan, memory: int) -> None
     )
     screen.say(
         f"memory beside the process itself{' on the fullest rank' if plan.mesh.world > 1 else ''}: predicted "
-        f"{bytes_text(plan.memory.total)}, measured {bytes_text(memory)}"
+        f"{bytes_text(plan.memory.total)}, measured {bytes_text(total(memory))}"
     )
+    screen.say(f"of it {comparison(plan.memory, memory)}")
     try:
         screen.say(f"loss curve: {loss_curve(folder.path, plan.cfg.model.vocab, plan.cfg.name)}")
     except ImportError:

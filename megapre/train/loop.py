@@ -21,6 +21,7 @@ from . import machine, tracing
 from .end import conclude
 from .evaluate import validate
 from .folder import RunFolder
+from .memory import measured, total
 from .metrics import Timed
 from .planned import box, plan_of
 from .report import Diverged, Report
@@ -98,7 +99,7 @@ def _run(cfg: Config, resume: bool, here: Place, device: torch.device) -> int:
             return EXIT_CODES[stopped]
         saved = saver.saved_step == progress.step or saver.save(progress)
         if stopped is None:
-            memory = max(gathered(machine.peak_memory(device) - before, ranks))
+            memory = max(gathered(measured(engine, before), ranks), key=total)
             if folder.ours:
                 conclude(folder, screen, plan, memory)
             return 0 if saved else 1

@@ -45,10 +45,11 @@ def plan_of(cfg: Config, device: torch.device, mesh: Mesh, sharers: int = 1) -> 
 
 
 def box(found: plan.Plan, used: dict[str, str], run_folder: str) -> str:
-    """The boxed plan with this machine's kernels and the folder of the run."""
+    """The boxed plan with this machine's kernels, by class of calls where that matters, and the folder of the run."""
     by_name: dict[str, list[str]] = {}
     for op, name in used.items():
-        by_name.setdefault(name, []).append(op)
+        classes = kernels.serves(op, name)
+        by_name.setdefault(name, []).append(f"{op} ({classes})" if classes else op)
     lines = "\n".join(f"{name}: {', '.join(ops)}" for name, ops in sorted(by_name.items()))
     return plan.render(found, {"precision": precision(found.cfg), "kernels": lines, "run folder": run_folder})
 

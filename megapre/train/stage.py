@@ -116,6 +116,8 @@ class Feed:
         self.held: list[Inputs] = []
         self.total = torch.zeros((), device=device)
         self.stop = torch.zeros((), device=device)
+        self.kept = 0
+        """Most bytes that lay in the memory of a CUDA device at the end of a last stage's forward."""
         self.per_token = torch.ones((), device=device)
         # In fp16 the scale goes into the logits' gradient before that is rounded.
         self.upstream = self.per_token if loss_scale is None else torch.ones((), device=device)
@@ -162,6 +164,8 @@ class Stage:
             feed.total += out.detach() * feed.per_token if trained else out
         if trained:
             self.kept[micro_batch] = leaf, get_gradient_edge(out)
+            if self.last and feed.device.type == "cuda":
+                feed.kept = max(feed.kept, torch.cuda.memory_allocated(feed.device))
         return out
 
     def backward(self, micro_batch: int, grad: Tensor | None) -> Tensor | None:

@@ -11,6 +11,7 @@ from megapre.mesh import Mesh
 from megapre.plan import fullest_rank, per_token, predict, render
 from megapre.plan.box import gib, scaled
 from megapre.plan.hardware import DEVICES
+from megapre.train import planned
 
 
 def test_plan_json_holds_what_was_predicted() -> None:
@@ -88,3 +89,13 @@ def test_bytes_for_people() -> None:
         "80 GiB",
         "1,200 GiB",
     ]
+
+
+def test_the_box_says_what_serves_which_calls() -> None:
+    names = {"attention": "cudnn_or_triton", "rope": "triton"}
+    text = planned.box(predict(load("debug", ["model.vocab=300"]), Mesh(1)), names, "runs/x")
+    words = " ".join(text.replace("│", " ").split())
+    assert (
+        "cudnn_or_triton: attention (dense: cudnn, or sdpa where that cannot; documents, windows, lse: triton)" in words
+    )
+    assert "triton: rope " in words
