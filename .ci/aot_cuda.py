@@ -2,7 +2,8 @@
 
     python .ci/aot_cuda.py [--update] [--only norm]
 
-The flags are csrc/cuda/nvcc.options, as in the build: sm_80 and sm_90a. Registers, local memory (spills) and static
+With them goes tests/cuda/emulator_cases.cu, which uses what is in csrc/cuda/device/ and so assembles its PTX. The flags
+are csrc/cuda/nvcc.options, as in the build: sm_80 and sm_90a. Registers, local memory (spills) and static
 shared memory are those that ptxas reports. Registers may differ between releases of nvcc: with another release than the
 table's, only local memory and what does not compile count.
 """
@@ -88,7 +89,8 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="write the table")
     parser.add_argument("--only", default="", help="only files whose name contains this")
     arguments = parser.parse_args()
-    sources = [path for path in sorted(ROOT.glob("csrc/cuda/*.cu")) if arguments.only in path.name]
+    units = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "tests" / "cuda" / "emulator_cases.cu"]
+    sources = [path for path in units if arguments.only in path.name]
     if shutil.which("nvcc") is None:
         print(f"nvcc is not on this machine: {len(sources)} CUDA files are not compiled")
         return 0

@@ -5,7 +5,9 @@
 #include <optional>
 #include <tuple>
 
+#include "column_sum.h"
 #include "launch.h"
+#include "norm_backward.h"
 #include "norm_forward.h"
 #include "ops.h"
 #include "tensor.h"
@@ -84,6 +86,88 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   return {y, h, mean, rstd};
 }
 
+Tensor checked_statistic(Kind kind, const Tensor& t, const Rows& rows, const Tensor& h, const char* name) {
+  check(
+      t.numel() == rows.count && t.scalar_type() == ScalarType::Float, kind.name, "_backward: ", name, " is ",
+      describe(t), "; one fp32 per row of h ", describe(h), " is needed");
+  return torch::stable::contiguous(t);
+}
+
+// A gradient of a parameter, and whether the kernels write it as fp32; another dtype than theirs is converted afterwards.
+struct ParameterGradient {
+  Tensor out;
+  bool is_fp32;
+  ScalarType wanted;
+
+  ParameterGradient(const Tensor& parameter, int64_t width, const Tensor& x)
+      : out(empty(x, {width}, parameter.scalar_type() == x.scalar_type() ? x.scalar_type() : ScalarType::Float)),
+        is_fp32(out.scalar_type() == ScalarType::Float),
+        wanted(parameter.scalar_type()) {}
+
+  Tensor take() const {
+    return out.scalar_type() == wanted ? out : torch::stable::to(out, wanted);
+  }
+};
+
+// dx, dweight, dbias (empty without a bias).
+std::tuple<Tensor, Tensor, Tensor> backward(
+    Kind kind, const Tensor& dy, const OptionalTensor& dh, const Tensor& h, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& mean, const Tensor& rstd) {
+  check_input(kind, h, weight, bias);
+  check_like(kind.name, dy, h, "dy", "h");
+  if (dh.has_value()) {
+    check_like(kind.name, *dh, h, "dh", "h");
+  }
+  const DeviceGuard guard(h);
+  const Rows h_rows(h), dy_rows(dy);
+  const std::optional<Rows> dh_rows = dh.has_value() ? std::optional<Rows>(*dh) : std::nullopt;
+  const Tensor rstd_rows = checked_statistic(kind, rstd, h_rows, h, "rstd");
+  const OptionalTensor mean_rows =
+      kind.centred ? OptionalTensor(checked_statistic(kind, *mean, h_rows, h, "mean")) : std::nullopt;
+  const Tensor w = parameter(weight, h);
+  Tensor dx = empty(h, sizes_of(h), h.scalar_type());
+  const ParameterGradient dweight(weight, h_rows.width, h);
+  const ParameterGradient dbias(bias.value_or(weight), bias.has_value() ? h_rows.width : 0, h);
+  dispatch(kind.name, h.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const bool aligned = h_rows.aligned() && dy_rows.aligned() && (!dh_rows || dh_rows->aligned());
+    const NormPolicy policy = backward_policy(h_rows.width, aligned, capability() >= 90);
+    const int outputs = bias.has_value() ? 2 : 1;
+    const int64_t parts = h_rows.count == 0 ? 0 : backward_parts(policy, h_rows.count);
+    const Tensor partials = empty(h, {outputs, parts, h_rows.width}, ScalarType::Float);
+    const NormBackward<T> op{
+        .centred = kind.centred,
+        .rows = h_rows.count,
+        .width = h_rows.width,
+        .dy = static_cast<const T*>(dy_rows.holder.data_ptr()),
+        .dy_stride = dy_rows.stride,
+        .dh = dh_rows ? static_cast<const T*>(dh_rows->holder.data_ptr()) : nullptr,
+        .dh_stride = dh_rows ? dh_rows->stride : 0,
+        .h = static_cast<const T*>(h_rows.holder.data_ptr()),
+        .h_stride = h_rows.stride,
+        .weight = w.data_ptr(),
+        .weight_is_fp32 = w.scalar_type() == ScalarType::Float,
+        .has_bias = bias.has_value(),
+        .mean = mean_rows ? static_cast<const float*>(mean_rows->data_ptr()) : nullptr,
+        .rstd = static_cast<const float*>(rstd_rows.data_ptr()),
+        .dx = static_cast<T*>(dx.data_ptr()),
+        .partials = static_cast<float*>(partials.data_ptr()),
+        .parts = parts,
+    };
+    if (h_rows.count > 0 && h_rows.width > 0) {
+      norm_backward(kind.name, policy, op, aligned, current_stream(h));
+    }
+    const ColumnSums sums{
+        .partials = op.partials,
+        .rows = parts,
+        .columns = h_rows.width,
+        .out = {dweight.out.data_ptr(), dbias.out.data_ptr()},
+        .is_fp32 = {dweight.is_fp32, dbias.is_fp32}};
+    column_sums<T>(kind.name, sums, outputs, current_stream(h));
+  });
+  return {dx, dweight.take(), dbias.take()};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(
     Tensor x, Tensor weight, OptionalTensor bias, double eps, OptionalTensor residual) {
   return forward(kLayerNorm, x, weight, bias, eps, residual);
@@ -94,10 +178,22 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm(Tensor x, Tensor weight, double eps,
   return {y, h, rstd};
 }
 
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
+    Tensor dy, OptionalTensor dh, Tensor h, Tensor weight, OptionalTensor bias, Tensor mean, Tensor rstd) {
+  return backward(kLayerNorm, dy, dh, h, weight, bias, mean, rstd);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, OptionalTensor dh, Tensor h, Tensor weight, Tensor rstd) {
+  const auto [dx, dweight, dbias] = backward(kRmsNorm, dy, dh, h, weight, std::nullopt, std::nullopt, rstd);
+  return {dx, dweight};
+}
+
 }  // namespace
 }  // namespace megapre::cuda
 
 MEGAPRE_CUDA_OPS(m) {
   m.impl("layer_norm", TORCH_BOX(&megapre::cuda::layer_norm));
+  m.impl("layer_norm_backward", TORCH_BOX(&megapre::cuda::layer_norm_backward));
   m.impl("rms_norm", TORCH_BOX(&megapre::cuda::rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&megapre::cuda::rms_norm_backward));
 }

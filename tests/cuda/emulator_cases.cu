@@ -2,6 +2,8 @@
 // of one tensor, run by one launch.
 
 #include <device/cluster.h>
+#include <device/cp_async.h>
+#include <device/mma.h>
 #include <device/shared.h>
 #include <torch/csrc/stable/library.h>
 
@@ -109,6 +111,41 @@ __global__ void warp_kernel(float* x) {
                                     : before;
 }
 
+// x holds A [16][16] and B [16][8] as fp32, small integers; D = A B overwrites the first 128 of them.
+template <typename T>
+__global__ void product_kernel(float* x) {
+  MEGAPRE_SHARED(uint4, held, [48]);  // 16 rows of A of 32 bytes, 16 rows of B of 16 bytes
+  T* const a = reinterpret_cast<T*>(held);
+  T* const b = a + 256;
+  for (int i = static_cast<int>(threadIdx.x); i < 384; i += 32) {
+    a[i] = from_float<T>(x[i]);
+  }
+  __syncwarp();
+  const int lane = static_cast<int>(threadIdx.x);
+  uint32_t in_a[4], in_b[4];
+  load_matrices(in_a, a + lane % 16 * 16 + lane / 16 * 8);
+  load_matrices<true>(in_b, b + lane % 16 * 8);  // the upper lanes' matrices are not used
+  float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  const uint32_t two[2] = {in_b[0], in_b[1]};
+  multiply_add<T>(d, in_a, two);
+  for (int i = 0; i < 4; ++i) {
+    x[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
+  }
+}
+
+// x reversed, 4 floats at a time, by way of shared memory; the last thread's are zeros.
+template <bool WAIT>
+__global__ void copy_async_kernel(float* x) {
+  MEGAPRE_SHARED(float4, held, [32]);
+  copy_async(&held[threadIdx.x], x + 4 * threadIdx.x, threadIdx.x != 31);
+  copy_async_commit();
+  if (WAIT) {
+    copy_async_wait<0>();
+  }
+  __syncthreads();
+  reinterpret_cast<float4*>(x)[threadIdx.x] = held[31 - threadIdx.x];
+}
+
 Tensor run(Tensor t, std::string which) {
   Tensor out = empty(t, sizes_of(t), t.scalar_type());
   std::memcpy(out.data_ptr(), t.data_ptr(), static_cast<size_t>(t.numel()) * 4);
@@ -135,6 +172,10 @@ Tensor run(Tensor t, std::string which) {
       : which == "cluster"               ? launch(clusters, cluster_kernel<true>, x)
       : which == "cluster, no finish"    ? launch(clusters, cluster_kernel<false>, x)
       : which == "warp"                  ? launch(with(1, 32), warp_kernel, x)
+      : which == "bf16 product"          ? launch(with(1, 32), product_kernel<bf16>, x)
+      : which == "fp16 product"          ? launch(with(1, 32), product_kernel<fp16>, x)
+      : which == "copy async"            ? launch(with(1, 32), copy_async_kernel<true>, x)
+      : which == "copy async, no wait"   ? launch(with(1, 32), copy_async_kernel<false>, x)
       : which == "no blocks"             ? launch(with(0, 32), warp_kernel, x)
       : which == "too many threads"      ? launch(with(1, 1056), warp_kernel, x)
       : which == "too much shared"       ? launch(too_much, warp_kernel, x)

@@ -50,6 +50,21 @@ def test_clusters_read_each_other(cases: emulated.Emulator) -> None:
     assert all(y.tolist() == [6.0] * 4 + [22.0] * 4 for y in run(cases, "cluster", x, seeds=5))
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_warps_multiply(cases: emulated.Emulator, dtype: str) -> None:
+    x = torch.randint(-8, 9, (384,), generator=torch.Generator().manual_seed(0)).float()
+    (y,) = run(cases, f"{dtype} product", x)
+    assert torch.equal(y[:128].view(16, 8), x[:256].view(16, 16) @ x[256:].view(16, 8))
+
+
+def test_copies_come_with_the_wait(cases: emulated.Emulator) -> None:
+    x = torch.arange(128.0) + 1
+    expected = x.view(32, 4).flip(0).clone()
+    expected[0] = 0
+    assert all(torch.equal(y.view(32, 4), expected) for y in run(cases, "copy async", x, seeds=3))
+    assert all(y.isnan().all() for y in run(cases, "copy async, no wait", x, seeds=3))
+
+
 @pytest.mark.parametrize(
     ("which", "said"),
     [

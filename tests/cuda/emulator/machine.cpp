@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <csetjmp>
 #include <csignal>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -59,6 +60,7 @@ struct Fiber {
   const char* waits_for;
   uint64_t cluster_generation;
   void* stack_pointer;
+  std::map<const void*, std::shared_ptr<void>> slots;
 };
 
 // Where the lanes of one mask meet.
@@ -226,7 +228,7 @@ void prepare(Block& block, unsigned rank, uint3 index, unsigned threads, size_t 
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = block.fibers[i];
     fiber = {&block, {i % grid.block.x, i / grid.block.x % grid.block.y, i / (grid.block.x * grid.block.y)}, i,
-             State::kReady, "", 0, nullptr};
+             State::kReady, "", 0, nullptr, {}};
     // Six registers and the address to go to; a function is entered with the stack 8 bytes off a multiple of 16.
     auto** top = reinterpret_cast<void**>(stack_of(first_stack + i) + kStack) - 8;
     std::fill(top, top + 6, nullptr);
@@ -455,6 +457,10 @@ void wait_until(const std::function<bool()>& ready, const char* what) {
     machine->current->waits_for = what;
     switch_out();
   }
+}
+
+std::shared_ptr<void>& thread_slot(const void* key) {
+  return machine->current->slots[key];
 }
 
 unsigned lane() {

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <string>
 
 struct uint3 {
@@ -74,6 +75,19 @@ unsigned lane();
 unsigned char* dynamic_shared();
 size_t dynamic_shared_bytes();
 void* static_shared(const void* key, size_t bytes);
+
+// What a feature keeps for a thread from one call to the next; gone when the thread ends.
+std::shared_ptr<void>& thread_slot(const void* key);
+
+template <typename T>
+T& of_thread() {
+  static const char key = 0;
+  std::shared_ptr<void>& slot = thread_slot(&key);
+  if (slot == nullptr) {
+    slot = std::make_shared<T>();
+  }
+  return *static_cast<T*>(slot.get());
+}
 
 // A static shared array by the address of something that its declaration alone owns.
 template <typename Array>
