@@ -41,10 +41,12 @@ __global__ void __launch_bounds__(512) column_sum_kernel(ColumnSums op) {
     for (int w = 0; w < 16; ++w) {
       sum += sums[w][lane];
     }
-    if (op.is_fp32[blockIdx.y]) {
-      static_cast<float*>(op.out[blockIdx.y])[column] = sum;
+    // Arguments that are chosen by a number which is not a constant would be copied to local memory.
+    void* const out = blockIdx.y == 0 ? op.out[0] : op.out[1];
+    if (blockIdx.y == 0 ? op.is_fp32[0] : op.is_fp32[1]) {
+      static_cast<float*>(out)[column] = sum;
     } else {
-      static_cast<T*>(op.out[blockIdx.y])[column] = from_float<T>(sum);
+      static_cast<T*>(out)[column] = from_float<T>(sum);
     }
   }
 }

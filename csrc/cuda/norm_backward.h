@@ -266,11 +266,14 @@ inline NormPolicy backward_policy(int64_t width, bool aligned, bool clusters) {
     const int warps = max(1, static_cast<int>((width + 32 * elements * blocks - 1) / (32 * elements * blocks)));
     return NormPolicy{elements, warps, blocks == 1 ? 16 / warps : 1, blocks};
   };
+  if (!aligned) {  // one element an access: more of them are more addresses than fit
+    return width <= 4096 ? of(8, 1) : NormPolicy{0, 16, 1, 1};
+  }
   if (width <= 8192) {
-    return of(aligned && width <= 256 ? 8 : 16, 1);
+    return of(width <= 256 ? 8 : 16, 1);
   }
   for (const unsigned blocks : {2u, 4u, 8u}) {
-    if (aligned && clusters && width <= 8192 * int64_t{blocks}) {
+    if (clusters && width <= 8192 * int64_t{blocks}) {
       return of(16, blocks);
     }
   }
@@ -297,10 +300,10 @@ void norm_backward_as(const char* name, const NormPolicy& p, const NormBackward<
   how.grid = dim3(static_cast<unsigned>(op.parts * p.cluster));
   how.cluster = p.cluster;
   how.shared = p.rows == 1 ? 0 : static_cast<size_t>(p.rows * op.width) * sizeof(float);
-  if (p.elements == 16) {
-    launch(how, norm_backward_kernel<T, N, 16 / N>, op, p.warps);
-  } else if constexpr (N > 1) {
+  if (p.elements == 8) {
     launch(how, norm_backward_kernel<T, N, 8 / N>, op, p.warps);
+  } else if constexpr (N > 1) {
+    launch(how, norm_backward_kernel<T, N, 16 / N>, op, p.warps);
   }
 }
 

@@ -39,6 +39,40 @@ def torchs(op: str, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.layer_norm(h, weight.shape, weight, bias, EPS)
 
 
+def backward(
+    emulator: emulated.Emulator, op: str, dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, bias: Tensor | None
+) -> list[Tensor]:
+    """dx, dweight and, of a layer_norm with a bias, dbias; every input at the end of its memory."""
+    *_, mean, rstd = forward(emulator, op, h, weight, bias, None)
+    dy, h, weight = (emulator.guarded(t) for t in (dy, h, weight))
+    dh = None if dh is None else emulator.guarded(dh)
+    if op == "rms_norm":
+        return list(emulator.ops.rms_norm_backward(dy, dh, h, weight, rstd))
+    dx, dweight, dbias = emulator.ops.layer_norm_backward(dy, dh, h, weight, bias, mean, rstd)
+    assert bias is not None or dbias.numel() == 0
+    return [dx, dweight] if bias is None else [dx, dweight, dbias]
+
+
+def autograd(op: str, dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in (h, weight, *([] if bias is None else [bias]))]
+    y = torchs(op, leaves[0], leaves[1], None if bias is None else leaves[2])
+    outputs, upstream = ((y, leaves[0] * 1), (dy, dh)) if dh is not None else ((y,), (dy,))
+    return list(torch.autograd.grad(outputs, leaves, upstream))
+
+
+def backward_obeys(
+    emulator: emulated.Emulator, op: str, rows: int, width: int, dtype: torch.dtype, affine: bool, residual: bool
+) -> None:
+    h, dy, extra = (drawn(i, rows, width, dtype=dtype) for i in range(3))
+    weight, bias = (drawn(i, width, dtype=dtype) for i in (4, 5))
+    arguments = (dy, extra if residual else None, h, weight, bias if affine and op == "layer_norm" else None)
+    got, own = backward(emulator, op, *arguments), autograd(op, *arguments)
+    exact = autograd(op, *(None if t is None else t.double() for t in arguments))
+    for what, g, t, e in zip(("dx", "dweight", "dbias"), got, own, exact, strict=False):
+        assert g.dtype == dtype
+        close(g, t, e, what)
+
+
 def obeys(
     emulator: emulated.Emulator, op: str, rows: int, width: int, dtype: torch.dtype, affine: bool, residual: bool
 ) -> None:
@@ -71,6 +105,31 @@ def test_forward_obeys_the_rule(
 
 
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(rows=st.integers(1, 70), width=st.sampled_from(WIDTHS), affine=st.booleans(), residual=st.booleans())
+def test_backward_obeys_the_rule(
+    loaded_emulator: emulated.Emulator,
+    op: str,
+    dtype: torch.dtype,
+    rows: int,
+    width: int,
+    affine: bool,
+    residual: bool,
+) -> None:
+    backward_obeys(loaded_emulator, op, rows, width, dtype, affine, residual)
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("width", [8192, 8200, 8201, 20000])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_wide_rows_backward_by_clusters_and_without(
+    emulator: emulated.Emulator, op: str, width: int, capability: int
+) -> None:
+    emulator.device(multiprocessors=9, capability=capability)
+    backward_obeys(emulator, op, 7, width, torch.bfloat16, affine=True, residual=True)
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("width", WIDE)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_wide_rows_forward_by_clusters_and_without(
@@ -93,6 +152,17 @@ def test_any_order_of_warps_gives_the_same_bits(emulator: emulated.Emulator, op:
     for seed in range(1, 6):
         emulator.schedule(seed)
         assert same(forward(emulator, op, x, weight, bias, extra), expected)
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("width", [100, 1032, 20000])
+def test_any_order_of_warps_gives_the_same_gradients(emulator: emulated.Emulator, op: str, width: int) -> None:
+    h, dy, dh = (drawn(i, 29 if width < 2000 else 5, width, dtype=torch.bfloat16) for i in range(3))
+    weight, bias = (drawn(i, width, dtype=torch.bfloat16) for i in (3, 4))
+    expected = backward(emulator, op, dy, dh, h, weight, bias)
+    for seed in range(1, 4):
+        emulator.schedule(seed)
+        assert same(backward(emulator, op, dy, dh, h, weight, bias), expected)
 
 
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
@@ -122,15 +192,23 @@ def test_empty(emulator: emulated.Emulator, shape: tuple[int, ...]) -> None:
     x, weight = torch.empty(shape), torch.ones(shape[-1])
     y, h, mean, rstd = emulator.ops.layer_norm(x, weight, weight, EPS, x)
     assert y.shape == h.shape == shape and mean.numel() == rstd.numel() == x.shape[:-1].numel()
+    dx, dweight, dbias = emulator.ops.layer_norm_backward(y, None, h, weight, weight, mean, rstd)
+    assert dx.shape == shape
+    assert torch.equal(dweight, torch.zeros(shape[-1])) and torch.equal(dbias, torch.zeros(shape[-1]))
 
 
 def test_parameters_of_another_dtype(emulator: emulated.Emulator) -> None:
     x = drawn(0, 5, 64, dtype=torch.bfloat16)
     for dtype in (torch.float32, torch.float16, torch.float64):
         weight, bias = drawn(1, 64, dtype=dtype), drawn(2, 64, dtype=dtype)
-        y = emulator.ops.layer_norm(x, weight, bias, EPS, None)[0]
+        y, _, mean, rstd = emulator.ops.layer_norm(x, weight, bias, EPS, None)
         exact = F.layer_norm(x.double(), (64,), weight.double(), bias.double(), EPS)
         close(y, F.layer_norm(x.float(), (64,), weight.float(), bias.float(), EPS).bfloat16(), exact)
+        _, dweight, dbias = emulator.ops.layer_norm_backward(x, None, x, weight, bias, mean, rstd)
+        normed = F.layer_norm(x.double(), (64,), None, None, EPS)
+        assert dweight.dtype == dbias.dtype == dtype
+        torch.testing.assert_close(dweight.double(), (x * normed).sum(0), rtol=2e-3, atol=1e-5)
+        torch.testing.assert_close(dbias.double(), x.double().sum(0), rtol=2e-3, atol=1e-5)
 
 
 def test_what_cannot_be_is_said(emulator: emulated.Emulator) -> None:
@@ -141,5 +219,7 @@ def test_what_cannot_be_is_said(emulator: emulated.Emulator) -> None:
         ValueError, match=r"residual is Float \[4, 8\] but x is Float \[4, 16\]; they must have the same"
     ):
         emulator.ops.rms_norm(x, weight, EPS, x[:, :8])
+    with pytest.raises(ValueError, match=r"rstd is Float \[3\]; one fp32 per row of h Float \[4, 16\] is needed"):
+        emulator.ops.rms_norm_backward(x, None, x, weight, weight[:3])
     with pytest.raises(ValueError, match="dtype Double; the CUDA kernels take fp32, bf16 and fp16"):
         emulator.ops.rms_norm(x.double(), weight, EPS, None)
