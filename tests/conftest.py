@@ -1,12 +1,15 @@
-"""One thread and one random stream for every test: a failure seen once is seen again. And real ranks."""
+"""One thread and one random stream for every test: a failure seen once is seen again. Real ranks, and large offsets."""
 
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from ranks import Pool, RunOn
+from torch import Tensor
 
 torch.set_num_threads(1)
 os.environ["MEGAPRE_KERNEL_PROFILE"] = "off"  # what someone measured on this machine shall decide no test
@@ -32,6 +35,22 @@ def _pool() -> Iterator[Pool]:
 def run_on(_pool: Pool) -> RunOn:
     """Runs a function on real ranks: see ranks.py."""
     return _pool.run_on
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Callable[[Tensor], Tensor]:
+    """Copies tensors so that the last row starts more than 2^31 elements in. The file behind a copy is sparse."""
+
+    def copy(t: Tensor) -> Tensor:
+        inner = t[0].numel()
+        stride = 2**31 // (len(t) - 1) + 2**20
+        size = t.element_size() * ((len(t) - 1) * stride + inner)
+        with (tmp_path / str(len(list(tmp_path.iterdir())))).open("w+b") as file:
+            file.truncate(size)
+            flat = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=t.dtype)
+        return flat.as_strided(t.shape, (stride, *t[0].contiguous().stride())).copy_(t)
+
+    return copy
 
 
 @pytest.hookimpl(tryfirst=True)

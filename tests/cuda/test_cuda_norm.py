@@ -1,5 +1,7 @@
 """The CUDA norms under emulation: the 2x rule against fp64, layouts, empty input, any order of warps."""
 
+from collections.abc import Callable
+
 import emulated
 import pytest
 import torch
@@ -223,3 +225,12 @@ def test_what_cannot_be_is_said(emulator: emulated.Emulator) -> None:
         emulator.ops.rms_norm_backward(x, None, x, weight, weight[:3])
     with pytest.raises(ValueError, match="dtype Double; the CUDA kernels take fp32, bf16 and fp16"):
         emulator.ops.rms_norm(x.double(), weight, EPS, None)
+
+
+def test_offsets_beyond_31_bits(emulator: emulated.Emulator, far: Callable[[Tensor], Tensor]) -> None:
+    x, extra, dy, dh = (drawn(i, 3, 40, dtype=torch.bfloat16) for i in range(4))
+    weight = drawn(4, 40, dtype=torch.bfloat16)
+    y, h, rstd = emulator.ops.rms_norm(x, weight, EPS, extra)
+    assert same(emulator.ops.rms_norm(far(x), weight, EPS, far(extra)), [y, h, rstd])
+    expected = emulator.ops.rms_norm_backward(dy, dh, h, weight, rstd)
+    assert same(emulator.ops.rms_norm_backward(far(dy), far(dh), far(h), weight, rstd), expected)

@@ -70,7 +70,7 @@ def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 
 def widest(implementation: str, op: str = "") -> torch.dtype:
-    """The widest dtype an implementation takes: Triton kernels and native attention compute in fp32, no fp64."""
-    narrow = "triton" in implementation or implementation in ("liger", "transformer_engine")
+    """The widest dtype an implementation takes: those for GPUs and native attention compute in fp32, no fp64."""
+    narrow = "triton" in implementation or implementation in ("cuda", "liger", "transformer_engine")
     narrow |= (op, implementation) == ("attention", "native")
     return torch.float32 if narrow else torch.float64

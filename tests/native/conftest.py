@@ -3,14 +3,12 @@
 MEGAPRE_TEST_LIBRARY names another build of the library to test, such as the one with sanitizers.
 """
 
-import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from megapre.kernels import library, native
 
@@ -32,22 +30,6 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def far(tmp_path: Path) -> Callable[[Tensor], Tensor]:
-    """Copies tensors so that the last row starts more than 2^31 elements in. The file behind a copy is sparse."""
-
-    def copy(t: Tensor) -> Tensor:
-        inner = t[0].numel()
-        stride = 2**31 // (len(t) - 1) + 2**20
-        size = t.element_size() * ((len(t) - 1) * stride + inner)
-        with (tmp_path / str(len(list(tmp_path.iterdir())))).open("w+b") as file:
-            file.truncate(size)
-            flat = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=t.dtype)
-        return flat.as_strided(t.shape, (stride, *t[0].contiguous().stride())).copy_(t)
-
-    return copy
 
 
 @pytest.fixture
