@@ -39,6 +39,7 @@ COMMUNICATORS: Mapping[str, Mapping[str, Any]] = {
 }
 """Options by name (parallel.comm.Options). More CTAs move more bytes; fewer leave more of the GPU to products."""
 MOST_BUCKETS = 64
+MEMORY = 0.5  # of the device, for all candidates of a comparison together
 LEAST = 0.02  # seconds that one candidate's turn lasts
 
 
@@ -122,12 +123,20 @@ class Tuning:
 
     def __init__(self, cfg: Config, request: Request, ranks: Ranks) -> None:
         from ..parallel.trials import Sizes
+        from ..train.machine import memory_size
 
         self.cfg, self.request, self.ranks = cfg, request, ranks
-        self.sizes = Sizes.of(cfg)
         self.chosen: dict[str, Any] = {}
         self.measured: set[str] = set()
         self.left_out: list[str] = []
+        whole = Sizes.of(cfg)
+        sharers = ranks.here.local_world if ranks.device.type == "cpu" else 1
+        room = MEMORY * memory_size(ranks.device) / sharers / (len(COMMUNICATORS) + 1)
+        self.sizes = whole.within(-ranks.stopwatch.most(-room))  # the least of all ranks
+        if self.sizes.elements < whole.elements:
+            self.left_out.append(
+                f"gradients beyond {self.sizes.elements:,} of {whole.elements:,} elements: all candidates are in memory"
+            )
         groups = ranks.groups
         self.replicas = ("dp_cp" if groups.cp.size > 1 else "dp", groups.dp_cp)
         self.handles: dict[str, Group] = {"tp": groups.tp, self.replicas[0]: self.replicas[1]}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -66,6 +66,15 @@ class Sizes:
     @property
     def elements(self) -> int:
         return self.matrices * self.hidden**2
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights and gradients of one Exchange."""
+        return self.elements * (self.dtype.itemsize + self.grad_dtype.itemsize)
+
+    def within(self, room: float) -> Sizes:
+        """As many of the matrices as one Exchange may have in `room` bytes; one at least."""
+        return replace(self, matrices=max(min(self.matrices, int(room * self.matrices / self.bytes)), 1))
 
 
 class Exchange:

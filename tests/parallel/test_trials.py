@@ -93,3 +93,5 @@ def test_sizes_are_those_of_a_rank() -> None:
     from megapre.plan import count
 
     assert found.elements == pytest.approx(sum(count(cfg.model)) / 4, abs=64**2)
+    assert found.bytes == 8 * found.elements and found.within(found.bytes) == found
+    assert found.within(8 * 3 * 64**2).matrices == 3 and found.within(1).matrices == 1
