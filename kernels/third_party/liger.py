@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import documents
 from ..layer_norm import fused_torch as layer_norm_of_torch
 from ..rms_norm import fused_torch as rms_norm_of_torch
-from ..rope import check, document_positions
+from ..rope import check
 from . import found
 
 LEAST = "0.8.5"
@@ -110,7 +111,7 @@ def rope(
         raise ValueError(f"rope: liger takes {TAKES_ROPE}; choose `triton` or `reference`")
     batch, length = q_BSND.shape[:2]
     if cu_seqlens is not None:
-        positions = document_positions(cu_seqlens, batch, length)
+        positions = documents.positions(cu_seqlens, batch, length)
     # [1 or B, S, D]: a row of its tables has each angle twice.
     rows = (table[None, :length] if positions is None else table[positions] for table in (cos, sin))
     wide_cos, wide_sin = (torch.cat((row, row), dim=-1) for row in rows)

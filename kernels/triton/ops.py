@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import documents
 from ..adamw import Update
 from ..adamw import _check as check_adamw
 from ..attention import check as check_attention
@@ -18,7 +19,7 @@ from ..attention import sdpa
 from ..cross_entropy import check as check_cross_entropy
 from ..heads import split as split_heads
 from ..linear_cross_entropy import check_shapes as check_linear_cross_entropy
-from ..rope import InPlace, Turn, document_positions, in_place
+from ..rope import InPlace, Turn, in_place
 from ..rope import check as check_rope
 from .library import late
 from .library import register as register
@@ -118,7 +119,7 @@ def _turn(
     check_rope(q, k, cos, sin, positions, cu_seqlens)
     _check_one_dtype(op, q, k)
     if cu_seqlens is not None:
-        positions = document_positions(cu_seqlens, *q.shape[:2])
+        positions = documents.positions(cu_seqlens, *q.shape[:2])
     positions = None if positions is None else positions.expand(q.shape[:2])
     return Turn(cos.float(), sin.float(), positions, None, interleaved)
 

@@ -28,17 +28,26 @@ def update(device: str) -> tuple[Any, ...]:
     return *scalars, 0.9, 0.95, 1e-8, 0.1
 
 
-def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
-    """Arguments for each registered op."""
+Calls = dict[str, list[tuple[Any, ...]]]
 
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=dtype, device=device, requires_grad=True)
 
-    wide = torch.float32
-    target, one = labels(device), torch.ones((), device=device)
-    documents = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
-    places = torch.tensor([[0, 1, 2, 0, 1], [7, 5, 3, 1, 0]], device=device)
-    bounds = torch.tensor([0, 3, 10], dtype=torch.int32, device=device)
+class Drawn:
+    """Tensors for arguments, of one dtype on one device."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.labels, self.tables = labels(device), tables(device)
+        self.documents = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+
+    def leaf(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=self.dtype, device=self.device, requires_grad=True)
+
+    def plain(self, *shape: int) -> Tensor:
+        return self.leaf(*shape).detach()
+
+
+def norms(drawn: Drawn) -> Calls:
+    leaf, plain, device = drawn.leaf, drawn.plain, drawn.device
     return {
         "layer_norm": [
             (leaf(5, 12), leaf(12), leaf(12), 1e-5, None),
@@ -48,10 +57,10 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
         ],
         "layer_norm_backward": [
             (
-                *(leaf(5, 12).detach(), dh, leaf(5, 12).detach(), leaf(12).detach(), bias),
+                *(plain(5, 12), dh, plain(5, 12), plain(12), bias),
                 *(torch.rand(5, device=device), torch.rand(5, device=device)),
             )
-            for dh, bias in ((None, leaf(12).detach()), (leaf(5, 12).detach(), None))
+            for dh, bias in ((None, plain(12)), (plain(5, 12), None))
         ],
         "rms_norm": [
             (leaf(5, 12), leaf(12), 1e-6, None),
@@ -60,106 +69,116 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
             (leaf(0, 12), leaf(12), 1e-6, None),
         ],
         "rms_norm_backward": [
-            (leaf(5, 12).detach(), dh, leaf(5, 12).detach(), leaf(12).detach(), torch.rand(5, device=device))
-            for dh in (None, leaf(5, 12).detach())
+            (plain(5, 12), dh, plain(5, 12), plain(12), torch.rand(5, device=device)) for dh in (None, plain(5, 12))
         ],
+    }
+
+
+def rotations(drawn: Drawn) -> Calls:
+    leaf, plain, device = drawn.leaf, drawn.plain, drawn.device
+    places = torch.tensor([[0, 1, 2, 0, 1], [7, 5, 3, 1, 0]], device=device)
+    bounds = torch.tensor([0, 3, 10], dtype=torch.int32, device=device)
+    return {
         "rope": [
-            (leaf(2, 5, 2, 4), leaf(2, 5, 1, 4), *tables(device), *where, interleaved, False)
+            (leaf(2, 5, 2, 4), leaf(2, 5, 1, 4), *drawn.tables, *where, interleaved, False)
             for where in ((None, None), (places, None), (None, bounds))
             for interleaved in (False, True)
         ],
-        "rope_": [(leaf(2, 5, 4, 4).detach(), 3, *tables(device), None, bounds, False)],
-        "rope_qkv_backward": [(*(leaf(2, 5, n, 4).detach() for n in (2, 1, 1)), *tables(device), places, None, True)],
+        "rope_": [(plain(2, 5, 4, 4), 3, *drawn.tables, None, bounds, False)],
+        "rope_qkv_backward": [(*(plain(2, 5, n, 4) for n in (2, 1, 1)), *drawn.tables, places, None, True)],
+    }
+
+
+def activations(drawn: Drawn) -> Calls:
+    leaf, plain = drawn.leaf, drawn.plain
+    return {
         "gelu": [
             *((leaf(5, 12), bias, tanh) for bias in (None, leaf(12)) for tanh in (True, False)),
             (leaf(12, 5).T, leaf(12), True),
             (leaf(0, 12), leaf(12), True),
         ],
-        "gelu_backward": [
-            (leaf(5, 12).detach(), leaf(5, 12).detach(), bias, True) for bias in (None, leaf(12).detach())
-        ],
+        "gelu_backward": [(plain(5, 12), plain(5, 12), bias, True) for bias in (None, plain(12))],
         "swiglu": [(leaf(5, 12),), (leaf(12, 5).T,), (leaf(0, 4),)],
-        "swiglu_backward": [(leaf(5, 6).detach(), leaf(5, 12).detach())],
+        "swiglu_backward": [(plain(5, 6), plain(5, 12))],
         "geglu": [(leaf(5, 12),), (leaf(2, 3, 4),)],
-        "geglu_backward": [(leaf(5, 6).detach(), leaf(5, 12).detach())],
+        "geglu_backward": [(plain(5, 6), plain(5, 12))],
+    }
+
+
+def layers(drawn: Drawn) -> Calls:
+    leaf, plain, device = drawn.leaf, drawn.plain, drawn.device
+    return {
         "linear": [
             (leaf(2, 3, 8), leaf(5, 8), leaf(5)),
             (leaf(8, 3).T, leaf(8, 5).T, None),
             (leaf(0, 8), leaf(5, 8), None),
         ],
         "linear_backward": [
-            (leaf(2, 3, 5).detach(), leaf(2, 3, 8).detach(), leaf(5, 8).detach(), *needs)
+            (plain(2, 3, 5), plain(2, 3, 8), plain(5, 8), *needs)
             for needs in ((True, True, True), (False, True, False), (True, False, True))
         ],
-        "linear_": [(leaf(3, 5).detach(), leaf(3, 8).detach(), leaf(5, 8).detach(), leaf(5).detach())],
-        "linear_input_gradient_": [(leaf(3, 8).detach(), leaf(3, 5).detach(), leaf(5, 8).detach())],
+        "linear_": [(plain(3, 5), plain(3, 8), plain(5, 8), plain(5))],
+        "linear_input_gradient_": [(plain(3, 8), plain(3, 5), plain(5, 8))],
         "linear_weight_gradient_": [
-            (torch.zeros(5, 8, device=device), sums, leaf(3, 5).detach(), leaf(3, 8).detach(), True)
+            (torch.zeros(5, 8, device=device), sums, plain(3, 5), plain(3, 8), True)
             for sums in (None, torch.zeros(5, device=device))
         ],
-        "embedding": [(target.clamp(0), leaf(9, 12)), (target.clamp(0), leaf(4, 12), 2, 9)],
+        "embedding": [(drawn.labels.clamp(0), leaf(9, 12)), (drawn.labels.clamp(0), leaf(4, 12), 2, 9)],
         "embedding_backward": [
-            (leaf(5, 12).detach(), target.clamp(0), 9),
-            (leaf(5, 12).detach(), target.clamp(0), 4, 2, 9),
+            (plain(5, 12), drawn.labels.clamp(0), 9),
+            (plain(5, 12), drawn.labels.clamp(0), 4, 2, 9),
         ],
         "embedding_gradient_": [
-            (torch.ones(rows, 12, device=device), leaf(5, 12).detach(), target.clamp(0), accumulate, *shard)
+            (torch.ones(rows, 12, device=device), plain(5, 12), drawn.labels.clamp(0), accumulate, *shard)
             for accumulate in (True, False)
             for rows, *shard in ((9, 0, None), (4, 2, 9))
         ],
-        "cross_entropy": [(leaf(5, 11), target, *SETTINGS), (leaf(11, 5).T, target, *SETTINGS)],
+    }
+
+
+def losses(drawn: Drawn) -> Calls:
+    leaf, plain, device = drawn.leaf, drawn.plain, drawn.device
+    return {
+        "cross_entropy": [(leaf(5, 11), drawn.labels, *SETTINGS), (leaf(11, 5).T, drawn.labels, *SETTINGS)],
         "cross_entropy_backward": [
             (
-                torch.randn(5, dtype=wide, device=device),
-                leaf(5, 11).detach(),
-                target,
-                torch.full((5,), 3.0, dtype=wide, device=device),
+                torch.randn(5, dtype=torch.float32, device=device),
+                plain(5, 11),
+                drawn.labels,
+                torch.full((5,), 3.0, dtype=torch.float32, device=device),
                 *SETTINGS,
             )
         ],
         "cross_entropy_": [
-            (leaf(5, 11).detach(), target, weights, *SETTINGS) for weights in (None, torch.rand(5, device=device))
-        ],
-        "attention": [
-            (leaf(2, 5, 4, 8), leaf(2, 7, 2, 8), leaf(2, 7, 2, 8), True, None, 3, 0.3),
-            (*leaf(2, 4, 6, 8).split([2, 2, 2], 2), True, documents, None, 0.3),
-            (leaf(0, 4, 2, 8), leaf(0, 4, 2, 8), leaf(0, 4, 2, 8), False, None, None, 0.3),
-        ],
-        "attention_backward": [
-            (
-                *(leaf(2, 4, 4, 8).detach(), dlse, leaf(2, 4, 4, 8).detach()),
-                *(leaf(2, 4, 2, 8).detach(), leaf(2, 4, 2, 8).detach(), leaf(2, 4, 4, 8).detach()),
-                *(torch.full((2, 4, 4), 3.0, device=device), True, cuts, None, 0.3),
-            )
-            for dlse, cuts in ((None, None), (torch.rand(2, 4, 4, device=device), documents))
-        ],
-        "attention_backward_": [
-            (
-                *(torch.empty(2, 4, heads, 8, dtype=dtype, device=device) for heads in (4, 2, 2)),
-                *(leaf(2, 4, 4, 8).detach(), None, leaf(2, 4, 4, 8).detach()),
-                *(leaf(2, 4, 2, 8).detach(), leaf(2, 4, 2, 8).detach(), leaf(2, 4, 4, 8).detach()),
-                *(torch.full((2, 4, 4), 3.0, device=device), True, None, None, 0.3),
-            )
+            (plain(5, 11), drawn.labels, weights, *SETTINGS) for weights in (None, torch.rand(5, device=device))
         ],
         "cross_entropy_local": [
-            (leaf(5, 7).detach(), target, start, 9, -100, smoothing)
-            for start in (0, 4, 9)
-            for smoothing in (True, False)
+            (plain(5, 7), drawn.labels, start, 9, -100, smoothing) for start in (0, 4, 9) for smoothing in (True, False)
         ],
         "cross_entropy_local_backward_": [
-            (leaf(5, 7).detach(), target, torch.full((5,), 3.0, dtype=wide, device=device), None, 4, 9, -100, 0.1, 1e-3)
+            (
+                plain(5, 7),
+                drawn.labels,
+                torch.full((5,), 3.0, dtype=torch.float32, device=device),
+                None,
+                4,
+                9,
+                -100,
+                0.1,
+                1e-3,
+            )
         ],
         "linear_cross_entropy": [
-            (leaf(5, 6), leaf(11, 6), target, *SETTINGS, 2**26, *needs)
+            (leaf(5, 6), leaf(11, 6), drawn.labels, *SETTINGS, 2**26, *needs)
             for needs in ((True, True), (True, False), (False, True), (False, False))
         ],
         "linear_cross_entropy_into_": [
             (
                 torch.ones(11, 6, device=device),
-                leaf(5, 6).detach(),
-                leaf(11, 6).detach(),
-                target,
-                one,
+                plain(5, 6),
+                plain(11, 6),
+                drawn.labels,
+                torch.ones((), device=device),
                 True,
                 *SETTINGS,
                 99,
@@ -168,25 +187,64 @@ def registered(device: str, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...
             for need in (True, False)
         ],
         "linear_cross_entropy_backward": [
-            (torch.tensor(0.5, device=device), leaf(5, 6).detach(), torch.randn(*shape, device=device), dtype)
+            (torch.tensor(0.5, device=device), plain(5, 6), torch.randn(*shape, device=device), drawn.dtype)
             for shape in ((11, 6), (0,))
         ],
+    }
+
+
+def attentions(drawn: Drawn) -> Calls:
+    leaf, plain, device = drawn.leaf, drawn.plain, drawn.device
+    return {
+        "attention": [
+            (leaf(2, 5, 4, 8), leaf(2, 7, 2, 8), leaf(2, 7, 2, 8), True, None, 3, 0.3),
+            (*leaf(2, 4, 6, 8).split([2, 2, 2], 2), True, drawn.documents, None, 0.3),
+            (leaf(0, 4, 2, 8), leaf(0, 4, 2, 8), leaf(0, 4, 2, 8), False, None, None, 0.3),
+        ],
+        "attention_backward": [
+            (
+                *(plain(2, 4, 4, 8), dlse, plain(2, 4, 4, 8)),
+                *(plain(2, 4, 2, 8), plain(2, 4, 2, 8), plain(2, 4, 4, 8)),
+                *(torch.full((2, 4, 4), 3.0, device=device), True, cuts, None, 0.3),
+            )
+            for dlse, cuts in ((None, None), (torch.rand(2, 4, 4, device=device), drawn.documents))
+        ],
+        "attention_backward_": [
+            (
+                *(torch.empty(2, 4, heads, 8, dtype=drawn.dtype, device=device) for heads in (4, 2, 2)),
+                *(plain(2, 4, 4, 8), None, plain(2, 4, 4, 8)),
+                *(plain(2, 4, 2, 8), plain(2, 4, 2, 8), plain(2, 4, 4, 8)),
+                *(torch.full((2, 4, 4), 3.0, device=device), True, None, None, 0.3),
+            )
+        ],
+    }
+
+
+def optimizers(drawn: Drawn) -> Calls:
+    plain, device = drawn.plain, drawn.device
+    return {
         "adamw_": [
-            (param, *(torch.rand(5, device=device) for _ in range(3)), leaf(5).detach(), *update(device))
-            for param in (None, leaf(5).detach())
+            (param, *(torch.rand(5, device=device) for _ in range(3)), plain(5), *update(device))
+            for param in (None, plain(5))
         ],
         "adamw_stochastic_": [
             (
                 torch.rand(5, device=device).bfloat16(),
-                *(torch.rand(5, device=device, dtype=dtype) for _ in range(2)),
-                leaf(5).detach(),
+                *(torch.rand(5, device=device, dtype=drawn.dtype) for _ in range(2)),
+                plain(5),
                 *update(device),
                 7,
                 3,
             )
         ],
-        "grad_norm": [([leaf(5).detach(), leaf(2, 3).detach()],), ([leaf(3, 2).detach().T],)],
+        "grad_norm": [([plain(5), plain(2, 3)],), ([plain(3, 2).T],)],
     }
+
+
+def registered(device: str, dtype: torch.dtype) -> Calls:
+    """Arguments for each registered op."""
+    kinds = (norms, rotations, activations, layers, losses, attentions, optimizers)
+    return {name: calls for kind in kinds for name, calls in kind(Drawn(device, dtype)).items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
