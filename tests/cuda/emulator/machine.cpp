@@ -13,6 +13,7 @@
 
 #include <sys/mman.h>
 
+#include "asynchronous.h"
 #include "guard.h"
 
 // Saves the registers that a call must keep on the stack, leaves the stack in *from and goes on with the other one.
@@ -304,12 +305,13 @@ void run_cluster() {
           step(block.fibers[i]);
         }
       }
+      machine->progress |= advance(false);
     }
     alive = false;
     for (const Block& block : machine->blocks) {
       alive |= block.alive > 0;
     }
-    if (alive && !machine->progress) {
+    if (alive && !machine->progress && !advance(true)) {
       leave(stuck());
     }
   }
@@ -352,7 +354,11 @@ void run_all() {
       const uint3 index{linear % grid.grid.x, linear / grid.grid.x % grid.grid.y, linear / (grid.grid.x * grid.grid.y)};
       prepare(machine->blocks[rank], rank, index, threads, static_cast<size_t>(rank) * threads);
     }
+    start_units();
     run_cluster();
+    if (const std::string left = end_units(); !left.empty()) {
+      leave("emulator: " + left + where());
+    }
     for (const Block& block : machine->blocks) {
       check_red_zones(block);
     }
