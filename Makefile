@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install $(if $(CI),-q)
 # One stamp at a time, named after the choice of torch: another choice installs again.
 READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
-NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h csrc/cuda/nvcc.options)
 
 .PHONY: setup demo test lint docs corpus gpu-check clean
 

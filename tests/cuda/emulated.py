@@ -35,24 +35,32 @@ def build(sources: Path = SOURCES, namespace: str = NAMESPACE) -> Path:
 
     RuntimeError with what the compiler says when it does not compile.
     """
-    include = [f"-I{HERE}", f"-I{sources}", *(f"-isystem{path}" for path in include_paths())]
-    command = ["g++", *FLAGS, f"-DMEGAPRE_OPS_NAMESPACE={namespace}", "-DMEGAPRE_OPS_KEY=CPU", *include]
-    headers = [path.read_text() for folder in (HERE, sources) for path in sorted(folder.rglob("*.h"))]
+    command = ["g++", *FLAGS, *(f"-isystem{path}" for path in include_paths()), f"-I{HERE}"]
+    place = [f"-DMEGAPRE_OPS_NAMESPACE={namespace}", "-DMEGAPRE_OPS_KEY=CPU"]
     folder = ROOT / "build" / "emulated"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:  # of the processes that run tests, one builds
         fcntl.flock(lock, fcntl.LOCK_EX)
-        units = [*sorted(sources.glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
-        objects = {folder / f"{u.stem}-{_digest(u.read_text(), *command, *headers)}.o": u for u in units}
+        units = {path: [*command, f"-I{sources}", *place] for path in sorted(sources.glob("*.cu"))}
+        units |= {path: [*command, *(place if path.stem == "python" else [])] for path in sorted(HERE.glob("*.cpp"))}
+        headers = {path.suffix: _texts(HERE, *([sources] if path.suffix == ".cu" else [])) for path in units}
+        objects = {
+            folder / f"{path.stem}-{_digest(path.read_text(), *flags, *headers[path.suffix])}.o": path
+            for path, flags in units.items()
+        }
         library = folder / f"{namespace}-{_digest(*map(str, objects))}.so"
         launcher = ["ccache"] if shutil.which("ccache") else []
-        jobs = [[*launcher, *command, "-x", "c++", "-c", u, "-o", o] for o, u in objects.items() if not o.exists()]
+        jobs = [[*launcher, *units[u], "-x", "c++", "-c", u, "-o", o] for o, u in objects.items() if not o.exists()]
         if jobs or not library.exists():
             with ThreadPoolExecutor(2) as pool:
                 list(pool.map(_run, jobs))
             lib = Path(torch.__file__).parent / "lib"
             _run(["g++", "-shared", *objects, "-o", library, f"-L{lib}", "-ltorch_cpu", "-lc10"])
     return library
+
+
+def _texts(*folders: Path) -> list[str]:
+    return [path.read_text() for folder in folders for path in sorted(folder.rglob("*.h"))]
 
 
 def _digest(*texts: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import emulated
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rule import alike, close, same
 from torch import Tensor
@@ -70,9 +70,13 @@ def backward_obeys(
     arguments = (dy, extra if residual else None, h, weight, bias if affine and op == "layer_norm" else None)
     got, own = backward(emulator, op, *arguments), autograd(op, *arguments)
     exact = autograd(op, *(None if t is None else t.double() for t in arguments))
+    lost = 0.0
+    if (op, width) == ("rms_norm", 1):  # dx = g rstd (1 - n^2), and n^2 is 1 but for eps: a few ulps of g rstd remain
+        rstd = torch.rsqrt(h.double().square() + EPS)
+        lost = 4 * torch.finfo(torch.float32).eps * (dy.double() * weight * rstd).abs().max().item()
     for what, g, t, e in zip(("dx", "dweight", "dbias"), got, own, exact, strict=False):
         assert g.dtype == dtype
-        close(g, t, e, what)
+        close(g, t, e, what, lost if what == "dx" else 0.0)
 
 
 def obeys(
@@ -93,6 +97,7 @@ def obeys(
 
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=40)
 @given(rows=st.integers(1, 9), width=st.sampled_from(WIDTHS), affine=st.booleans(), residual=st.booleans())
 def test_forward_obeys_the_rule(
     loaded_emulator: emulated.Emulator,
@@ -108,6 +113,7 @@ def test_forward_obeys_the_rule(
 
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=40)
 @given(rows=st.integers(1, 70), width=st.sampled_from(WIDTHS), affine=st.booleans(), residual=st.booleans())
 def test_backward_obeys_the_rule(
     loaded_emulator: emulated.Emulator,

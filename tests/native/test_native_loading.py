@@ -71,6 +71,29 @@ def test_it_can_be_turned_off(untried: None, monkeypatch: pytest.MonkeyPatch) ->
     assert not native.load()
 
 
+def test_cuda_kernels_say_why_they_are_not_there(
+    untried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a torch without CUDA they are not looked for; under one with it, the file is missing or broken."""
+    monkeypatch.setattr(native, "CUDA_LIBRARY", tmp_path / "cuda.so")
+
+    def said() -> str:
+        native._attempt_cuda.cache_clear()
+        loaded, why_not = native.cuda_status()
+        assert not loaded
+        return why_not
+
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert said() == f"torch {torch.__version__} is built for the CPU alone"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "cuda.so does not exist; build it with: MEGAPRE_CUDA=1 pip install" in said()
+    native.CUDA_LIBRARY.write_bytes(b"not a library")
+    assert "cuda.so cannot be loaded" in said()
+    monkeypatch.setenv("MEGAPRE_NATIVE", "0")
+    assert said() == "MEGAPRE_NATIVE=0 turns it off"
+    native._attempt_cuda.cache_clear()
+
+
 def test_an_unknown_mode_is_an_error(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGAPRE_NATIVE", "yes")
     with pytest.raises(native.NativeError, match="MEGAPRE_NATIVE=yes: must be auto, 0 or 1"):

@@ -56,6 +56,18 @@ def test_an_unknown_mode_is_an_error(tree: Path) -> None:
     assert "MEGAPRE_NATIVE=yes: must be auto, 0 or 1" in done.stderr
 
 
+@pytest.mark.parametrize(("mode", "status"), [("auto", 0), ("1", 1)])
+def test_no_cuda_compiler(tree: Path, mode: str, status: int) -> None:
+    """CUDA kernels are asked for and left out on their own: what the CPU's compiler does is not their business."""
+    where = {"PATH": "/nonexistent", "CUDA_HOME": "/nonexistent", "CXX": "/nonexistent/c++"}
+    done = build(tree, "auto", MEGAPRE_CUDA=mode, **where)
+    assert done.returncode == status, done.stderr
+    if mode == "1":
+        assert "MEGAPRE_CUDA=1, but CUDA kernels cannot be built: nvcc not found" in done.stderr
+    else:
+        assert "CUDA kernels left out: nvcc not found (CUDA_HOME names the toolkit's folder)" in done.stderr
+
+
 def test_no_level_shares_an_inline_function_with_another() -> None:
     """The linker keeps one copy of a weak symbol: one from an AVX-512 object would crash an older CPU.
 
