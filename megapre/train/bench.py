@@ -20,6 +20,7 @@ from megapre import __version__
 from megapre.data import GlobalBatch, MicroBatch, build_loader
 from megapre.optim.schedules import lr_at
 from megapre.parallel.comm import blaming_others, first_alone, gathered, join, leave, place
+from megapre.parallel.tuned import tuned
 
 from . import machine
 from .metrics import bytes_text, percent_text
@@ -61,7 +62,9 @@ def _step(cfg: Config, steps: int, warmup: int, here: Place, device: torch.devic
         cfg, _ = settle(cfg)
     else:
         cfg = cfg if cfg.model.vocab else cfg.with_vocab(VOCAB)
-    groups = connected(cfg, here, device)
+    chosen = tuned(cfg.layout, here, device)
+    cfg = cfg.model_copy(update={"layout": chosen.layout})
+    groups = connected(cfg, here, device, chosen.options)
     dp, ranks = groups.dp, groups.world.handle
     plan = plan_of(cfg, device, groups.mesh, here.local_world)
     engine = Engine(cfg, device, groups)

@@ -16,6 +16,7 @@ from megapre.data import build_loader
 from megapre.optim.schedules import lr_at
 from megapre.parallel.comm import blaming_others, first_alone, gathered, join, leave, place, together
 from megapre.parallel.trace import Trace
+from megapre.parallel.tuned import tuned
 
 from . import machine, tracing
 from .end import conclude
@@ -64,7 +65,9 @@ def run(cfg: Config, resume: bool = False) -> int:
 def _run(cfg: Config, resume: bool, here: Place, device: torch.device) -> int:
     folder = RunFolder(Path(cfg.run.dir) / cfg.name, resume, here.rank)
     cfg, tokenizer = settle(cfg)
-    groups = connected(cfg, here, device)
+    chosen = tuned(cfg.layout, here, device)
+    cfg = cfg.model_copy(update={"layout": chosen.layout})
+    groups = connected(cfg, here, device, chosen.options)
     ranks = groups.world.handle
     with StopRequest() as stop, ExitStack() as entered:
         with together(ranks):
@@ -81,6 +84,8 @@ def _run(cfg: Config, resume: bool, here: Place, device: torch.device) -> int:
             loader = build_loader(cfg, "train", dp.index, dp.size, progress.consumed_samples)
             valid = build_loader(cfg, "valid", dp.index, dp.size) if cfg.run.eval_every else None
         folder.begin(cfg, plan.as_json(), tokenizer)
+        if cfg.layout.comm_profile:
+            screen.say(f"communication profile {chosen.state}")
         screen.say(box(plan, engine.ops.names, str(folder.path)))
         vote = Vote(stop, here.world)
         with loader, Report(cfg, device, folder, screen, plan, progress) as report:

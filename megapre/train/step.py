@@ -24,6 +24,7 @@ from megapre.parallel.comm import Groups, Place, connect
 from megapre.parallel.data import FlatParameters
 from megapre.parallel.pipeline import Executor
 from megapre.parallel.pipes import Pipes
+from megapre.plan.flat import BUCKET_ELEMENTS
 from megapre.plan.partition import schedule_of
 from megapre.schedule import placement_of
 
@@ -33,9 +34,12 @@ from .machine import DTYPES
 from .stage import Feed, Stage, build_pieces, parameters, share_of, stream_shape
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from megapre.config import Config
     from megapre.data import GlobalBatch
     from megapre.model.transformer import Transformer
+    from megapre.parallel.comm import Options
     from megapre.parallel.trace import Trace
 
 
@@ -68,8 +72,8 @@ def mesh_of(cfg: Config, here: Place) -> Mesh:
     return mesh
 
 
-def connected(cfg: Config, here: Place, device: torch.device) -> Groups:
-    """The groups that `cfg`'s layout needs, among `here.world` ranks.
+def connected(cfg: Config, here: Place, device: torch.device, options: Mapping[str, Options] | None = None) -> Groups:
+    """The groups that `cfg`'s layout needs, among `here.world` ranks, with `options` of communicators by axis.
 
     Raises MeshError, ConfigError, ScheduleError and CommError.
     """
@@ -82,6 +86,7 @@ def connected(cfg: Config, here: Place, device: torch.device) -> Groups:
         embedding=model.tied and not v,
         wrap=layout.vpp > 1 and not v,
         kv=max(layout.tp // model.kv_heads, 1),
+        options=options,
     )
 
 
@@ -107,6 +112,7 @@ class Engine:
         self.flat = FlatParameters(
             parameters(self.models),
             decays,
+            cfg.layout.bucket or BUCKET_ELEMENTS,
             keep_master=cfg.optim.master == "fp32",
             grad_dtype=DTYPES[cfg.optim.grad_dtype],
             share=lambda name: share_of(name, cfg, groups),
