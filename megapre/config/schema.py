@@ -297,6 +297,24 @@ class Checkpoint(Section):
     keep: Count = knob(0, "checkpoints", "newest to keep; 0 = all")
 
 
+Axis = Literal["kv", "tp", "cp", "dp", "dp_cp", "pp", "embedding", "send"]  # parallel.comm.AXES
+
+
+class Comm(Section):
+    """How ranks talk, by axis of the mesh; `send` is the channels of a pipeline."""
+
+    timeout: Annotated[Real, Field(gt=0)] = knob(
+        600.0, "seconds", "until an operation that waits for another rank is an error"
+    )
+    timeouts: Mapping[Axis, Annotated[Real, Field(gt=0)]] = knob({}, "axis = seconds", "where it is another one")
+    high_priority: Annotated[tuple[Axis, ...], BeforeValidator(_listed)] = knob(
+        (), "axes", "whose kernels run before those of other streams; CUDA"
+    )
+    nccl: Mapping[Axis, Mapping[str, Size]] = knob(
+        {}, "axis = {option = n}", "fields of ncclConfig_t, as in comm.nccl.dp.max_ctas=8; CUDA"
+    )
+
+
 class Run(Section):
     """Where, how long and on what."""
 
@@ -331,6 +349,7 @@ class Config(Section):
     optim: Optim
     data: Data = Data()
     checkpoint: Checkpoint = Checkpoint()
+    comm: Comm = Comm()
     run: Run
     kernels: Mapping[str, str] = knob({}, "op = name", "implementation of an op instead of the preferred one")
 

@@ -12,14 +12,15 @@ import os
 import subprocess
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 
-from megapre.config import Layout
+from megapre.config import Comm, Layout
+from megapre.config.schema import Axis
 from megapre.kernels import profile as kernel_profile
 from megapre.mesh import Mesh
 from megapre.plan import comm_profile
@@ -101,6 +102,20 @@ def options_of(given: Mapping[str, Any]) -> Options:
         return Options(**given)
     except TypeError as error:
         raise CommError(f"communication profile: {dict(given)} are no options ({error}); measure again") from None
+
+
+def options(comm: Comm, measured: Mapping[str, Options]) -> dict[str, Options]:
+    """Of the communicators, by axis: what was measured, and before it what the config says."""
+    found = {}
+    for axis in get_args(Axis):
+        base = measured.get(axis, Options())
+        found[axis] = replace(
+            base,
+            timeout=comm.timeouts.get(axis, comm.timeout),
+            high_priority=base.high_priority or axis in comm.high_priority,
+            nccl={**base.nccl, **comm.nccl.get(axis, {})},
+        )
+    return found
 
 
 def _driver() -> str:

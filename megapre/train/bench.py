@@ -45,7 +45,7 @@ def step(cfg: Config, steps: int = 10, warmup: int = 3, json_path: str | Path | 
     here = place(os.environ)
     mesh_of(cfg, here)
     device = machine.prepare(cfg.run, here)
-    join(here, device)
+    join(here, device, cfg.comm.timeout)
     with blaming_others(here.rank):
         found = _step(cfg, steps, warmup, here, device)
     leave()

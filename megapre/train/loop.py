@@ -55,7 +55,7 @@ def run(cfg: Config, resume: bool = False) -> int:
     here = place(os.environ)
     mesh_of(cfg, here)
     device = machine.prepare(cfg.run, here)
-    join(here, device)
+    join(here, device, cfg.comm.timeout)
     with blaming_others(here.rank):
         code = _run(cfg, resume, here, device)
     leave()

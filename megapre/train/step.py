@@ -24,6 +24,7 @@ from megapre.parallel.comm import Groups, Place, connect
 from megapre.parallel.data import FlatParameters
 from megapre.parallel.pipeline import Executor
 from megapre.parallel.pipes import Pipes
+from megapre.parallel.tuned import options
 from megapre.plan.flat import BUCKET_ELEMENTS
 from megapre.plan.partition import schedule_of
 from megapre.schedule import placement_of
@@ -72,8 +73,8 @@ def mesh_of(cfg: Config, here: Place) -> Mesh:
     return mesh
 
 
-def connected(cfg: Config, here: Place, device: torch.device, options: Mapping[str, Options] | None = None) -> Groups:
-    """The groups that `cfg`'s layout needs, among `here.world` ranks, with `options` of communicators by axis.
+def connected(cfg: Config, here: Place, device: torch.device, measured: Mapping[str, Options] | None = None) -> Groups:
+    """The groups that `cfg`'s layout needs, among `here.world` ranks, with the config's options and those `measured`.
 
     Raises MeshError, ConfigError, ScheduleError and CommError.
     """
@@ -86,7 +87,7 @@ def connected(cfg: Config, here: Place, device: torch.device, options: Mapping[s
         embedding=model.tied and not v,
         wrap=layout.vpp > 1 and not v,
         kv=max(layout.tp // model.kv_heads, 1),
-        options=options,
+        options=options(cfg.comm, measured or {}),
     )
 
 
@@ -128,7 +129,12 @@ class Engine:
         fixed = FixedInputs(device, recorded) if recorded or cfg.run.compile else None
         self.feed = Feed(cfg.model.vocab, device, self.loss_scale, fixed)
         self.stages = [Stage(model, self.feed, self.flat, cfg.run.compile) for model in self.models]
-        pipes = Pipes(groups, stream_shape(cfg, groups), DTYPES[cfg.run.dtype]) if groups.pp.size > 1 else None
+        pipes = None
+        if groups.pp.size > 1:
+            patience = 0.8 * cfg.comm.timeouts.get(
+                "send", cfg.comm.timeout
+            )  # it knows what it waits for; groups do not
+            pipes = Pipes(groups, stream_shape(cfg, groups), DTYPES[cfg.run.dtype], patience)
         self.executor = Executor(plan, self.stages, pipes)
         self.evaluator = Executor(plan, self.stages, pipes, evaluation=True)
         self.recorded = Recorded(self._on_device, CudaRecorder()) if recorded else None

@@ -266,7 +266,7 @@ def test_help_fits_a_terminal_and_the_reference_names_every_knob() -> None:
         if not knob.repeated:
             assert any(line.startswith(f"  {knob.key} ") for line in lines), knob.key
             assert f"| `{knob.key}` |" in page
-    assert sum(line.startswith("## ") for line in page.splitlines()) == 8
+    assert sum(line.startswith("## ") for line in page.splitlines()) == 9
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert all(line.replace("\\|", "").count("|") == 6 for line in rows)
 

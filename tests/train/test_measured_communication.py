@@ -12,8 +12,8 @@ import torch
 
 from megapre.config import load
 from megapre.mesh import Mesh
-from megapre.parallel.comm import Place
-from megapre.parallel.tuned import key
+from megapre.parallel.comm import AXES, Options, Place
+from megapre.parallel.tuned import key, options
 from megapre.plan.comm_profile import write
 from megapre.train.step import Engine
 
@@ -53,3 +53,22 @@ def test_buckets_are_as_large_as_the_layout_says() -> None:
     cut = Engine(load("debug", ["model.vocab=512", "layout.bucket=4096"]), torch.device("cpu")).flat.groups
     whole = Engine(load("debug", ["model.vocab=512"]), torch.device("cpu")).flat.groups
     assert max(len(group.buckets) for group in whole) == 1 < max(len(group.buckets) for group in cut)
+
+
+def test_what_the_config_says_of_communicators_goes_before_what_was_measured() -> None:
+    cfg = load(
+        "debug", ["comm.timeout=60", "comm.timeouts.send=5", "comm.nccl.dp.max_ctas=8", 'comm.high_priority=["tp"]']
+    )
+    measured = {"dp": Options(nccl={"max_ctas": 16, "min_ctas": 2}), "tp": Options(environment={"NCCL_ALGO": "Ring"})}
+    found = options(cfg.comm, measured)
+    assert found["dp"] == Options(60.0, False, {"max_ctas": 8, "min_ctas": 2})
+    assert found["tp"] == Options(60.0, True, {}, {"NCCL_ALGO": "Ring"})
+    assert found["send"].timeout == 5.0 and set(found) == set(AXES)
+
+
+@pytest.mark.parametrize(
+    "override", ["comm.nccl.dq.max_ctas=8", "comm.timeout=0", "comm.timeouts.send=-1", "comm.nccl.dp.max_ctas=0"]
+)
+def test_options_that_there_are_not_are_refused(override: str) -> None:
+    with pytest.raises(ValueError, match=override.partition("=")[0].rpartition(".")[0].replace(".", r"\.")):
+        load("debug", [override])
