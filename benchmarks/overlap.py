@@ -12,7 +12,7 @@ processes.
     at the end   the engine of `sharded`, each collective begun when all gradients are there and waited for at once
     DDP          torch.nn.parallel.DistributedDataParallel over the same model and buckets, fused AdamW
 
-all in fp32 over gloo. Providers take turns, round by round; a round is three steps one after the other, from a barrier
+all in fp32 over gloo. Providers take turns, round by round; a round is two steps one after the other, from a barrier
 to the end of the last rank, since what begins in one step ends in the next. `alone` is the same step without any
 exchange and `exchange` the same collectives without the step. Hidden is the share of `exchange` that a step does not
 last longer than `alone`: 1 - (step - alone) / exchange. As much as the backward of the last micro-batch and, sharded,
@@ -51,7 +51,7 @@ from megapre.train.step import Engine, connected
 Call = Callable[[], None]
 Row = dict[str, Any]
 CPU = torch.device("cpu")
-STEPS = 3  # of a round
+STEPS = 2  # of a round
 BUCKET = 1_000_000  # elements: 4 MB
 CARD = "wire0"
 VOCAB, LENGTH, MICRO_BATCHES = 4096, 128, 2
@@ -60,7 +60,7 @@ VOCAB, LENGTH, MICRO_BATCHES = 4096, 128, 2
 def config(shard: bool) -> Config:
     return Config.model_validate(
         {
-            "model": {"family": "gpt2", "layers": 6, "hidden": 384, "heads": 6, "vocab": VOCAB, "context": LENGTH},
+            "model": {"family": "gpt2", "layers": 4, "hidden": 320, "heads": 5, "vocab": VOCAB, "context": LENGTH},
             "layout": {"dp": 2, "shard_optimizer": shard, "bucket": BUCKET},
             "batch": {"micro": 8, "global": 2 * 8 * MICRO_BATCHES, "seq_length": LENGTH},
             "optim": {"lr": 1e-4, "clip": 0.0},
@@ -235,7 +235,10 @@ def main() -> None:
         sys.exit(f"overlap: {', '.join(missing)} not found (Debian: iproute2, util-linux)")
     if os.geteuid() != 0:
         sys.exit("overlap: network namespaces and tc need root")
-    rows = [{"mbit": rate, "times": on_a_link(rate, arguments.rounds)} for rate in map(int, arguments.rates.split(","))]
+    rows: list[Row] = []
+    for rate in map(int, arguments.rates.split(",")):
+        rows.append({"mbit": rate, "times": on_a_link(rate, arguments.rounds)})
+        print("\n".join(lines_of(rows[-1:])), file=sys.stderr)
     where = hardware("cpu")
     elements = sum(parameter.numel() for parameter in build_model(config(False), CPU).parameters())
     setting = f"{elements:,} parameters in fp32, buckets of {BUCKET:,}, {MICRO_BATCHES} micro-batches; medians, ms"

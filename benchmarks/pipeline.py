@@ -254,7 +254,8 @@ def of_executor() -> dict[str, Call]:
 def of_engine() -> dict[str, Call]:
     from megapre.config import Config
     from megapre.data import GlobalBatch, MicroBatch
-    from megapre.train.step import Engine, build_model
+    from megapre.train.stage import build_model
+    from megapre.train.step import Engine
 
     m, length, vocab = 4, 128, 2048
     cfg = Config.model_validate(
