@@ -131,9 +131,6 @@ CASES: dict[str, Callable[[], None]] = {
     "attention 128 fp32": lambda: attentions(128, torch.float32),
 }
 
-# What few models use, compiled for one architecture only.
-RARE = ("attention 96", "attention 256", "attention 128 fp32", "norm 32768")
-
 Launch = tuple[JITFunction, dict[str, Any], dict[str, Any]]
 
 
@@ -237,6 +234,18 @@ def problems(rows: dict[str, dict[str, Any]], table: dict[str, Any], same_triton
     return found
 
 
+def assembler(arch: int) -> str:
+    """The release of the ptxas that Triton brings for an architecture; registers are its choice."""
+    return re.search(r"release \S+ (V\S+)", nvidia.get_ptxas_version(arch))[1]
+
+
+def written(table: dict[str, Any]) -> str:
+    """The table as JSON, a row a line."""
+    rows = ",\n".join(f"  {json.dumps(label)}: {json.dumps(row)}" for label, row in table["rows"].items())
+    head = json.dumps({key: value for key, value in table.items() if key != "rows"}, indent=1)
+    return head.removesuffix("\n}") + f',\n "rows": {{\n{rows}\n }}\n}}\n'
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write the table")
@@ -244,12 +253,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    jobs = [
-        (name, arch)
-        for arch in arguments.arch
-        for name in CASES
-        if arguments.cases in name and (arch == 90 or name not in RARE)
-    ]
+    jobs = [(name, arch) for arch in arguments.arch for name in CASES if arguments.cases in name]
     rows: dict[str, dict[str, Any]] = {}
     with ProcessPoolExecutor(arguments.jobs) as pool:
         for result in pool.map(compile_case, jobs):
@@ -262,11 +266,13 @@ def main() -> int:
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": "", "accepted": {}, "rows": {}}
     if arguments.update:
         table["triton"] = triton.__version__
+        table["ptxas"] = {f"sm_{arch}": assembler(arch) for arch in (80, 90, 100)}
         table["rows"] = table["rows"] | rows if arguments.cases or len(arguments.arch) < 3 else rows
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        TABLE.write_text(written(table))
     same_triton = table["triton"] == triton.__version__
     if not same_triton:
         print(f"the table is of Triton {table['triton']}, this is {triton.__version__}: registers are not compared")
+    print("ptxas", *(f"{assembler(arch)} for sm_{arch}" for arch in arguments.arch))
     found = problems(rows, table, same_triton)
     if not arguments.cases and len(arguments.arch) == 3:
         found += [f"{label}: in the table, but nothing launches it now" for label in table["rows"].keys() - rows.keys()]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .attention import LOG2E, keys_of, load_tile, queries_of, tile_phases, tile_start, unit_stride
 from .launch import ceil_div, next_power_of_2
+from .tiles import Kind, measured
 
 
 @triton.jit
@@ -188,10 +189,12 @@ def query_kernel(
     tl.store(dq + at[:, None] + dim[None, :], (dq_tile * scale).to(dq.dtype.element_ty), mask=there)
 
 
-def key_policy(head_dim: int, element_size: int) -> tuple[int, int, int, int]:
+def key_policy(head_dim: int, element_size: int, dense: bool) -> tuple[int, int, int, int]:
     """(queries, keys, warps, stages) of the kernel for dK and dV."""
     if element_size > 2:
         return 16, 32, 8, 1
+    if found := measured(Kind("keys", head_dim, element_size, dense)):
+        return found
     if head_dim <= 64:
         return 64, 128, 8, 2
     if head_dim <= 128:
@@ -199,10 +202,12 @@ def key_policy(head_dim: int, element_size: int) -> tuple[int, int, int, int]:
     return 32, 64, 8, 2
 
 
-def query_policy(head_dim: int, element_size: int) -> tuple[int, int, int, int]:
+def query_policy(head_dim: int, element_size: int, dense: bool) -> tuple[int, int, int, int]:
     """(queries, keys, warps, stages) of the kernel for dQ."""
     if element_size > 2:
         return 16, 32, 4, 1
+    if found := measured(Kind("queries", head_dim, element_size, dense)):
+        return found
     if head_dim <= 64:
         return 128, 64, 8, 3
     if head_dim <= 128:
@@ -248,12 +253,13 @@ def backward(
         "EVEN_D": block_d == head_dim,
         "BLOCK_D": block_d,
     }
-    block_m, block_n, warps, stages = key_policy(head_dim, q.element_size())
+    dense = window is None and not bounds.numel()
+    block_m, block_n, warps, stages = key_policy(head_dim, q.element_size(), dense)
     key_kernel[(ceil_div(keys, block_n), batch * k_heads)](
         q, k, v, do, lse, delta, dk, dv, *shape, *strides, **flags,
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    block_m, block_n, warps, stages = query_policy(head_dim, q.element_size())
+    block_m, block_n, warps, stages = query_policy(head_dim, q.element_size(), dense)
     query_kernel[(ceil_div(queries, block_m), batch * heads)](
         q, k, v, do, lse, delta, dq, *shape, *strides, **flags,
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,

@@ -13,8 +13,8 @@ from megapre.kernels.triton import attention, attention_backward, ops
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles in a short sequence, so that all three phases of the loop run and tiles are skipped."""
     monkeypatch.setattr(attention, "policy", lambda head_dim, size, dense: (32, 16, 4, 2))
-    monkeypatch.setattr(attention_backward, "key_policy", lambda head_dim, size: (16, 32, 4, 2))
-    monkeypatch.setattr(attention_backward, "query_policy", lambda head_dim, size: (32, 16, 4, 2))
+    monkeypatch.setattr(attention_backward, "key_policy", lambda head_dim, size, dense: (16, 32, 4, 2))
+    monkeypatch.setattr(attention_backward, "query_policy", lambda head_dim, size, dense: (32, 16, 4, 2))
 
 
 def inputs(
