@@ -149,15 +149,6 @@ class Executor:
         if self._pace is not None:
             self._pace.settle()
 
-    def share(self, loss: Tensor) -> None:
-        """Gives `loss` of the rank that holds the last stage to all ranks of the pipeline, in place."""
-        if self.pipes is not None:
-            source, _ = self.schedule.holder(self.schedule.stages - 1)
-            try:
-                self.pipes.broadcast(loss, source)
-            except PipelineError as error:
-                raise PipelineError(f"{self.name} waits for the loss of rank {source}: {error}") from error
-
     @property
     def name(self) -> str:
         return "rank 0" if self.pipes is None else self.pipes.name(self.rank)

@@ -109,14 +109,6 @@ class Pipes:
             for outbox in self._send.values():
                 outbox.drain(self.timeout)
 
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Gives every rank of the pipeline the tensor of `source`, in place. A wait as in `take`."""
-        if self.ranks > 1:
-            with self._waiting():
-                work = dist.broadcast(tensor, group=self.group.handle, group_src=source, async_op=True)
-                assert work is not None, "broadcast without a group"
-                self._wait(work)
-
     def _wait(self, work: dist.Work) -> None:
         if self.device.type == "cpu":
             work.wait(timedelta(seconds=self.timeout))

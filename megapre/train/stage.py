@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -33,37 +34,33 @@ if TYPE_CHECKING:
 
 def build_model(cfg: Config, device: torch.device) -> Transformer:
     """The whole model over the kernels of `device`, its weights not yet set. Raises KernelUnavailable."""
-    dtype = DTYPES[cfg.run.dtype]
-    ops = kernels.choose(device.type, cfg.kernels, dtype)
-    return Transformer(cfg.model, ops, dtype=dtype, device=device, recompute=recompute_of(cfg.layout))
+    return _maker(cfg, device)()
 
 
 def build_pieces(cfg: Config, groups: Groups, plan: Schedule) -> list[Transformer]:
     """This rank's pieces of the model, in model order. Both ends on one rank share a tied embedding."""
-    dtype, device, layout = DTYPES[cfg.run.dtype], groups.device, cfg.layout
-    ops = kernels.choose(device.type, cfg.kernels, dtype)
-    tensor = None
-    if groups.tp.handle is not None:
-        tensor = TensorGroup(
-            groups.tp.handle, groups.tp.index, groups.tp.size, layout.sequence_parallel, layout.overlap_products
-        )
+    tensor, tp, layout = None, groups.tp, cfg.layout
+    if tp.handle is not None:
+        tensor = TensorGroup(tp.handle, tp.index, tp.size, layout.sequence_parallel, layout.overlap_products)
+    make = _maker(cfg, groups.device, tensor)
     bounds = list(accumulate(layers_of_stages(cfg, placement=plan.placement), initial=0))
     stages = sorted(plan.stage_of(groups.pp.index, chunk) for chunk in range(plan.chunks))
     models = [
-        Transformer(
-            cfg.model,
-            ops,
-            dtype=dtype,
-            device=device,
-            tensor=tensor,
-            piece=Piece(stage == 0, range(bounds[stage], bounds[stage + 1]), stage == plan.stages - 1),
-            recompute=recompute_of(layout),
-        )
+        make(piece=Piece(stage == 0, range(bounds[stage], bounds[stage + 1]), stage == plan.stages - 1))
         for stage in stages
     ]
     if cfg.model.tied and len(models) > 1 and models[0].piece.first and models[-1].piece.last:
         models[-1].embed = models[0].embed
     return models
+
+
+def _maker(cfg: Config, device: torch.device, tensor: TensorGroup | None = None) -> Callable[..., Transformer]:
+    """Makes the model, or a `piece` of it. Raises KernelUnavailable."""
+    dtype = DTYPES[cfg.run.dtype]
+    ops = kernels.choose(device.type, cfg.kernels, dtype)
+    return partial(
+        Transformer, cfg.model, ops, dtype=dtype, device=device, tensor=tensor, recompute=recompute_of(cfg.layout)
+    )
 
 
 def recompute_of(layout: Layout) -> Recompute:
