@@ -3,7 +3,9 @@
 
 #include <device/torch.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -66,6 +68,34 @@ inline void check_like(const char* op, const Tensor& t, const Tensor& like, cons
       sizes_of(t) == sizes_of(like) && t.scalar_type() == like.scalar_type() && t.device() == like.device(), op, ": ",
       name, " is ", describe(t), " but ", like_name, " is ", describe(like),
       "; they must have the same shape, dtype and device");
+}
+
+// Before t is written where it lies: the elements of a row must be neighbours, and rows must not overlap. The latter holds
+// if each dim, by rising stride, steps over all that the dims before it reach.
+inline void check_writable(const char* op, const Tensor& t, const char* name) {
+  std::vector<int64_t> dims(t.dim());
+  std::iota(dims.begin(), dims.end(), 0);
+  std::sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return t.stride(a) < t.stride(b); });
+  bool apart = true;
+  int64_t reach = 1;
+  for (const int64_t dim : dims) {
+    if (t.size(dim) > 1 && t.numel() > 0) {
+      apart = apart && t.stride(dim) >= reach;
+      reach += (t.size(dim) - 1) * t.stride(dim);
+    }
+  }
+  check(
+      apart && (t.stride(-1) == 1 || t.size(-1) <= 1), op, ": ", name, " is ", describe(t), " with a stride of ",
+      t.stride(-1), " along its last dim; to be written, the ", t.size(-1),
+      " elements of a row must be neighbours and rows must not overlap");
+}
+
+// For each tensor that an op writes into, after its checks. Autograd compares versions to notice that a tensor which it
+// saved for a backward has been overwritten; a write to nothing of it counts, and launches nothing.
+inline void raise_version(const Tensor& t) {
+  Tensor whole = t;
+  Tensor nothing = torch::stable::narrow(whole, 0, 0, 0);
+  torch::stable::zero_(nothing);
 }
 
 inline bool is_aligned(const void* p) {

@@ -21,3 +21,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 inline __nv_bfloat16 __float2bfloat16(float x) { return __float2bfloat16_rn(x); }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {  // of a NaN and a number: the number
+  return __floats2bfloat162_rn(
+      fmaxf(__bfloat162float(a.x), __bfloat162float(b.x)), fmaxf(__bfloat162float(a.y), __bfloat162float(b.y)));
+}

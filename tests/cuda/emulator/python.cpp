@@ -15,7 +15,9 @@ using torch::stable::Tensor;
 Tensor guard(const Tensor& t) {
   const auto sizes = t.sizes();
   Tensor copy = megapre::cuda::empty(t, {sizes.begin(), sizes.end()}, t.scalar_type());
-  std::memcpy(copy.data_ptr(), t.data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
+  if (t.numel() > 0) {  // else there may be no address
+    std::memcpy(copy.data_ptr(), t.data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
+  }
   return copy;
 }
 
