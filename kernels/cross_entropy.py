@@ -19,7 +19,8 @@ Measured bf16 1024 x 50304, native: forward 6.2 ms, backward 6.7 ms, both at onc
 Logits whose columns lie in shards: vocab_parallel.py.
 
 A label outside [0, vocab) that is not ignore_index is an error. On the CPU it raises ValueError with the row; on CUDA
-and inside torch.compile, where looking would cost a host sync, torch's own bounds check of the gather stops the run.
+and inside torch.compile, where looking would cost a host sync, torch's own bounds check of the gather stops the run;
+the Triton and CUDA kernels read nothing for such a label, and make its row's loss and gradient NaN.
 """
 
 from typing import Any

@@ -149,6 +149,13 @@ IMPLEMENTATIONS = (
         "cross_entropy", "native", cross_entropy.native, _needs_native("cross_entropy", "cross_entropy_backward")
     ),
     Implementation("cross_entropy", "triton", triton.cross_entropy, triton.why_not),
+    Implementation(
+        "cross_entropy",
+        "cuda",
+        cross_entropy.native,
+        _needs_cuda("cross_entropy", "cross_entropy_backward"),
+        note=NOT_RUN,
+    ),
     Implementation("cross_entropy", "reference", cross_entropy.reference),
     Implementation("linear_cross_entropy", "triton", triton.linear_cross_entropy, triton.why_not),
     Implementation("linear_cross_entropy", "chunked", linear_cross_entropy.chunked),

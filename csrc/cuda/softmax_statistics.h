@@ -75,17 +75,10 @@ struct SoftmaxStatistics {
         part += exponential(a[i] - reference);
       }
       sum += part;
-    }
-    if (with_plain) {
+      if (with_plain && v < present) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        if (v < present) {
-          float a[N];
-          x[v].to(a);
-#pragma unroll
-          for (int i = 0; i < N; ++i) {
-            plain += a[i];
-          }
+        for (int i = 0; i < N; ++i) {
+          plain += a[i];
         }
       }
     }
