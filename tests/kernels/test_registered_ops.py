@@ -9,6 +9,7 @@ from rule import widest
 from torch import Tensor
 
 from megapre import kernels
+from megapre.kernels import library
 
 SETTINGS = (-100, 0.1, 1e-3, 9)
 
@@ -340,6 +341,8 @@ def test_gradcheck(device: str, op_name: str) -> None:
     for name, op in implementations(device, op_name):
         if widest(name, op_name) != torch.float64:
             continue  # numerical derivatives need fp64; these are held to fp64 references by the rule
+        if name == "chunked" and device != "cpu" and library.has_native("cross_entropy_", device):
+            continue  # its loop is torch's, but the losses of a chunk are the CUDA kernel's
         for call, shapes in calls(device)[op_name]:
             generator = torch.Generator().manual_seed(1)
             inputs = [torch.randn(s, dtype=torch.float64, generator=generator).to(device) for s in shapes]
