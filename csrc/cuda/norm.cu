@@ -10,6 +10,7 @@
 #include "norm_backward.h"
 #include "norm_forward.h"
 #include "ops.h"
+#include "parameter.h"
 #include "tensor.h"
 
 namespace megapre::cuda {
@@ -31,13 +32,6 @@ void check_input(Kind kind, const Tensor& x, const Tensor& weight, const Optiona
   check(
       !bias.has_value() || sizes_of(*bias) == sizes_of(weight), kind.name, ": bias is ",
       describe(bias.value_or(weight)), " but weight is ", describe(weight));
-}
-
-// A vector of weights, or of biases: in the dtype of x or in fp32, neighbours, 16-byte aligned.
-Tensor parameter(const Tensor& vector, const Tensor& x) {
-  const bool as_it_is = vector.scalar_type() == x.scalar_type() || vector.scalar_type() == ScalarType::Float;
-  Tensor ready = torch::stable::contiguous(as_it_is ? vector : torch::stable::to(vector, ScalarType::Float));
-  return is_aligned(ready.data_ptr()) ? ready : torch::stable::clone(ready);
 }
 
 // y, h (empty without a residual), mean (empty for rms_norm), rstd.
@@ -92,22 +86,6 @@ Tensor checked_statistic(Kind kind, const Tensor& t, const Rows& rows, const Ten
       describe(t), "; one fp32 per row of h ", describe(h), " is needed");
   return torch::stable::contiguous(t);
 }
-
-// A gradient of a parameter, and whether the kernels write it as fp32; another dtype than theirs is converted afterwards.
-struct ParameterGradient {
-  Tensor out;
-  bool is_fp32;
-  ScalarType wanted;
-
-  ParameterGradient(const Tensor& parameter, int64_t width, const Tensor& x)
-      : out(empty(x, {width}, parameter.scalar_type() == x.scalar_type() ? x.scalar_type() : ScalarType::Float)),
-        is_fp32(out.scalar_type() == ScalarType::Float),
-        wanted(parameter.scalar_type()) {}
-
-  Tensor take() const {
-    return out.scalar_type() == wanted ? out : torch::stable::to(out, wanted);
-  }
-};
 
 // dx, dweight, dbias (empty without a bias).
 std::tuple<Tensor, Tensor, Tensor> backward(

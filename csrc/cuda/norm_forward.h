@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "launch.h"
+#include "parameter.h"
 #include "reduce.h"
 #include "vector.h"
 
@@ -32,25 +33,6 @@ struct NormForward {
   float* mean;  // null for rms_norm
   float* rstd;
 };
-
-// N elements of a parameter from element `at` on, which is a multiple of N.
-template <typename T, int N>
-__device__ __forceinline__ void load_parameter(float (&out)[N], const void* p, bool is_fp32, int64_t at) {
-  if (is_fp32) {
-    constexpr int kStep = N < 4 ? N : 4;
-#pragma unroll
-    for (int i = 0; i < N; i += kStep) {
-      float part[kStep];
-      Vector<float, kStep>::load(static_cast<const float*>(p) + at + i).to(part);
-#pragma unroll
-      for (int j = 0; j < kStep; ++j) {
-        out[i + j] = part[j];
-      }
-    }
-  } else {
-    Vector<T, N>::load(static_cast<const T*>(p) + at).to(out);
-  }
-}
 
 // N: elements an access, 16 bytes of them or, where rows are not aligned, one. V: accesses a thread.
 template <typename T, int N, int V>

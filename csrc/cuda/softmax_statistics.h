@@ -5,21 +5,16 @@
 
 #include <cuda_runtime.h>
 #include <device/cluster.h>
-#include <device/exp2.h>
 #include <device/shared.h>
 
 #include <cstring>
 #include <type_traits>
 
+#include "exponential.h"
 #include "reduce.h"
 #include "vector.h"
 
 namespace megapre::cuda {
-
-// e^x to 2^-22 for the x <= 0 that matter. Exactly 1 for 0.
-__device__ __forceinline__ float exponential(float x) {
-  return fast_exp2(x * 1.44269504f);  // log2(e)
-}
 
 // exp(x - reference) is 0 for x of -inf, also where all are; NaN and +inf make it NaN.
 __device__ __forceinline__ float softmax_reference(float top) {
