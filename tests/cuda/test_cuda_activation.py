@@ -1,5 +1,7 @@
 """The CUDA gelu, swiglu and geglu under emulation: the 2x rule against fp64, layouts, no rows, any order of warps."""
 
+from collections.abc import Callable
+
 import emulated
 import pytest
 import torch
@@ -116,6 +118,12 @@ def test_far_from_zero(emulator: emulated.Emulator, op: str) -> None:
     y, dx, *_ = run(emulator, op, x, torch.zeros(9) if "bias" in op else None, torch.ones(1, 9))
     assert y[0, :4].abs().max() < 1e-30 and torch.equal(y[0, 4:8], x[0, 4:8]) and y[0, 8].isnan()
     assert dx[0, :4].abs().max() < 1e-30 and torch.equal(dx[0, 4:8], torch.ones(4)) and dx[0, 8].isnan()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_offsets_beyond_31_bits(emulator: emulated.Emulator, op: str, far: Callable[[Tensor], Tensor]) -> None:
+    x, bias, dy = inputs(op, 3, 40, torch.bfloat16)
+    assert same(run(emulator, op, far(x), bias, far(dy)), run(emulator, op, x, bias, dy))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])

@@ -1,5 +1,7 @@
 """The CUDA cross_entropy under emulation: the 2x rule against fp64, layouts, shards, no rows, any order of warps."""
 
+from collections.abc import Callable
+
 import emulated
 import pytest
 import torch
@@ -222,6 +224,15 @@ def test_any_layout(emulator: emulated.Emulator, dtype: torch.dtype) -> None:
         in_place(emulator, column_major, labels, *terms)
     with pytest.raises(ValueError, match="must not overlap"):
         in_place(emulator, logits[:1].expand(5, width), labels, *terms)
+
+
+def test_offsets_beyond_31_bits(emulator: emulated.Emulator, far: Callable[[Tensor], Tensor]) -> None:
+    logits, labels = drawn(3, 64, 64, torch.bfloat16)
+    terms = (labels, 64, 0.1, 1e-3, None)
+    expected = in_two(emulator, logits, *terms)
+    assert same(in_two(emulator, far(logits), *terms), expected)
+    for way in (in_place, lambda emulator, x, *terms: in_shards(emulator, [x], *terms)):
+        assert same(way(emulator, far(logits), *terms), way(emulator, logits.clone(), *terms))
 
 
 def test_confident_rows_keep_their_digits(emulator: emulated.Emulator) -> None:
