@@ -125,9 +125,11 @@ IMPLEMENTATIONS = (
     Implementation("rope", "native", rope.native, _needs_native("rope")),
     Implementation("rope", "triton", triton.rope, triton.why_not),
     Implementation("rope", "liger", liger.rope, liger.why_not, liger.TAKES_ROPE),
+    Implementation("rope", "cuda", rope.native, _needs_cuda("rope"), note=NOT_RUN),
     Implementation("rope", "reference", rope.reference),
     Implementation("rope_", "native", rope.native_, _needs_native("rope_", "rope_qkv_backward")),
     Implementation("rope_", "triton", triton.rope_, triton.why_not),
+    Implementation("rope_", "cuda", rope.native_, _needs_cuda("rope_", "rope_qkv_backward"), note=NOT_RUN),
     Implementation("rope_", "reference", rope.reference_),
     Implementation("gelu", "native", gelu.native, _needs_native("gelu", "gelu_backward")),
     Implementation("gelu", "triton", triton.gelu, triton.why_not),
@@ -203,12 +205,17 @@ IMPLEMENTATIONS = (
     Implementation("adamw_", "triton", triton.adamw_, triton.why_not),
     Implementation("adamw_", "torch", adamw.fused_torch),
     Implementation("adamw_", "apex", apex.adamw_, apex.why_not("amp_C")),
+    Implementation("adamw_", "cuda", adamw.native, _needs_cuda("adamw_"), note=NOT_RUN),
     Implementation("adamw_", "reference", adamw.reference),
     Implementation("adamw_stochastic_", "native", adamw.stochastic_native, _needs_native("adamw_stochastic_")),
+    Implementation(
+        "adamw_stochastic_", "cuda", adamw.stochastic_native, _needs_cuda("adamw_stochastic_"), note=NOT_RUN
+    ),
     Implementation("adamw_stochastic_", "reference", adamw.stochastic_reference),
     Implementation("grad_norm", "native", grad_norm.native, _needs_native("grad_norm")),
     Implementation("grad_norm", "triton", triton.grad_norm, triton.why_not),
     Implementation("grad_norm", "apex", apex.grad_norm, apex.why_not("amp_C")),
+    Implementation("grad_norm", "cuda", grad_norm.native, _needs_cuda("grad_norm"), note=NOT_RUN),
     Implementation("grad_norm", "reference", grad_norm.reference),
 )
 
