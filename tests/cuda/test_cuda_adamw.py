@@ -55,11 +55,9 @@ def test_adamw_obeys_the_rule(
     grad, given, guarded = drawn(length, 3, grad_dtype), scalars(scale=scale, step=float(step)), loaded_emulator.guarded
     got = [guarded(t) for t in state(length)]
     param = None if param_dtype is None else guarded(torch.full((length,), torch.nan, dtype=param_dtype))
+    arguments = [guarded(t) if isinstance(t, Tensor) else t for t in adamw.Update(**given, **HYPER).arguments()]
     before = loaded_emulator.launches()
-    arguments = adamw.Update(**given, **HYPER).arguments()
-    loaded_emulator.ops.adamw_(
-        param, *got, guarded(grad), *(guarded(t) if isinstance(t, Tensor) else t for t in arguments)
-    )
+    loaded_emulator.ops.adamw_(param, *got, guarded(grad), *arguments)
     assert loaded_emulator.launches() == before + (length > 0)
     assert param is None or torch.equal(param, got[0].to(param.dtype))
     results = []
@@ -104,10 +102,9 @@ def test_a_flag_leaves_everything(emulator: emulated.Emulator, found: float) -> 
 def test_scalars_of_any_dtype(emulator: emulated.Emulator) -> None:
     results = []
     for dtype in (torch.float32, torch.float64, torch.int64):
-        tensors, (lr, step, *rest) = state(200), told(found=0.0, step=7.0, lr=0.25)
-        emulator.ops.adamw_(
-            None, *tensors, drawn(200, 3), lr.double(), step.to(dtype), rest[0], rest[1].to(dtype), *rest[2:]
-        )
+        tensors, (lr, step, scale, found, *rest) = state(200), told(found=0.0, step=7.0, lr=0.25)
+        given = lr.double(), step.to(dtype), scale, found.to(dtype)
+        emulator.ops.adamw_(None, *tensors, drawn(200, 3), *given, *rest)
         results.append(tensors)
     assert same(results[0], results[1]) and same(results[0], results[2])
 

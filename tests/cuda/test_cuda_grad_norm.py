@@ -1,7 +1,6 @@
 """The CUDA gradient norm under emulation: the 2x rule against fp64, layouts, what counts as not finite, one order."""
 
 import math
-from collections.abc import Callable
 
 import emulated
 import pytest
