@@ -42,6 +42,8 @@ from . import documents, library
 from .heads import are_joined, split
 from .precision import wide
 
+TAKES_CUDA = "fp16 and bf16, head dims of a multiple of 8 up to 256, scale > 0"
+
 
 def reference(
     q_BSND: Tensor,
@@ -120,8 +122,36 @@ def native(
     few = q_BSND.shape[1] < min(8, k_BSKD.shape[1]) and q_BSND.shape[3] <= 256
     if few and q_BSND.dtype == torch.float32 and cu_seqlens is None and not return_lse:
         return sdpa(q_BSND, k_BSKD, v_BSKD, causal, None, window, scale)
-    scale = _scale(q_BSND) if scale is None else scale
-    o, lse = torch.ops.megapre.attention(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale)
+    return _registered(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale, return_lse)
+
+
+def cuda(
+    q_BSND: Tensor,
+    k_BSKD: Tensor,
+    v_BSKD: Tensor,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Through `megapre::attention` in CUDA C++. As `reference`; ValueError for what TAKES_CUDA leaves out."""
+    check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
+    return _registered(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale, return_lse)
+
+
+def _registered(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    scale = _scale(q) if scale is None else scale
+    o, lse = torch.ops.megapre.attention(q, k, v, causal, cu_seqlens, window, scale)
     return (o, lse) if return_lse else o
 
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from attended import drawn, own, qkv
 from hypothesis import given
 from hypothesis import strategies as st
 from rule import close, same
 from torch import Tensor
-from torch.nn import functional as F
 
 from megapre.kernels import attention
 
@@ -16,28 +16,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Around tiles of 64 queries and keys.
 LENGTHS = st.integers(1, 70) | st.sampled_from([64, 127, 128, 129, 191, 200, 257])
 DIMS = st.sampled_from([1, 7, 8, 16, 31, 32, 40, 64, 96, 128, 129, 256])
-
-
-def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(dtype)
-
-
-def qkv(batch: int, queries: int, keys: int, heads: int, key_heads: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
-    shapes = [(batch, queries, heads, dim), (batch, keys, key_heads, dim), (batch, keys, key_heads, dim)]
-    return [drawn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
-
-
-def own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, do: Tensor, dlse: Tensor) -> list[Tensor]:
-    """o, lse, dq, dk, dv by torch: o and its gradient from SDPA, those of lse from scores in wide precision."""
-    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-    group = q.shape[2] // k.shape[2]
-    q_, k_, v_ = (t.repeat_interleave(r, 2).transpose(1, 2) for t, r in zip(leaves, (1, group, group), strict=True))
-    o = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, scale=scale).transpose(1, 2)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = q_.to(wide) @ k_.to(wide).transpose(-1, -2) * scale
-    lse = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).logsumexp(-1)
-    grads = torch.autograd.grad([o, lse], leaves, [do.to(o.dtype), dlse.to(wide)])
-    return [o.detach(), lse.detach(), *grads]
 
 
 def native(ops: Any, q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor | None, *settings: Any) -> list[Tensor]:
