@@ -60,7 +60,7 @@ def bench_comm(
         repeats=repeats,
         device=device,
     )
-    return bench.run(request, bench.layout_of(layout, cfg), out, write_profile, profile)
+    return bench.run(request, bench.layout_of(layout, cfg), out, write_profile, profile, cfg.comm if cfg else None)
 
 
 @click.group()

@@ -26,7 +26,7 @@ class WithKnobs(click.Command):
 class Launcher(WithKnobs):
     """A command that takes a recipe, or another verb for ranks with all that follows it."""
 
-    VERBS = (["bench", "comm"], ["tune", "comm"])
+    VERBS = (["bench", "step"], ["bench", "comm"], ["tune", "comm"])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         at = next((at for at in range(len(args)) if args[at : at + 2] in self.VERBS), None)

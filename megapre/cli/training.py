@@ -52,7 +52,7 @@ def launch_local(recipe: str, overrides: tuple[str, ...], nproc: int, resume: bo
 
     Starts `megapre train` for each rank, as torchrun would, shows what the ranks say line by line, and ends them
     together: upon Ctrl-C or SIGTERM, which all of them get, or when the first of them has failed. In place of a recipe,
-    `bench comm` or `tune comm` with all that follows it runs on the ranks instead.
+    `bench step`, `bench comm` or `tune comm` with all that follows it runs on the ranks instead.
 
     \b
     megapre launch local my-run.toml layout.tp=2 --nproc 4
@@ -62,7 +62,7 @@ def launch_local(recipe: str, overrides: tuple[str, ...], nproc: int, resume: bo
 
     if [recipe, *overrides[:1]] in Launcher.VERBS:
         if nproc == 0 or resume:
-            raise click.UsageError(f"{recipe} comm needs --nproc, before it, and has nothing to resume")
+            raise click.UsageError(f"{recipe} {overrides[0]} needs --nproc, before it, and has nothing to resume")
         from ..launch import local
 
         return local.run_verb([recipe, *overrides], nproc, grace)

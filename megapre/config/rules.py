@@ -331,6 +331,11 @@ def _lengths(optim: "Optim", run: "Run") -> Problems:
         yield f"optim: {sizes} is more than run.steps = {steps}; nearest: run.steps {warmup + decay}, {shorter}"
 
 
+def _trace(run: "Run") -> Problems:
+    if beyond := [step for step in run.trace if step > run.steps]:
+        yield f"run: trace = {list(run.trace)} has {beyond} beyond run.steps = {run.steps}; nearest: {run.steps}"
+
+
 def _split(data: "Data") -> Problems:
     parts = data.split.split(",")
     try:
@@ -419,6 +424,7 @@ RULES: tuple[Callable[..., Problems], ...] = (
     _rate,
     _precision,
     _lengths,
+    _trace,
     _split,
     _blends,
     _stage_order,

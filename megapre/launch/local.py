@@ -10,6 +10,7 @@ from pathlib import Path
 from megapre.config import Config
 from megapre.mesh import Mesh
 from megapre.train import cpu_runtime
+from megapre.train.folder import RunFolder
 
 from .processes import launch
 
@@ -20,17 +21,18 @@ def run(
     """Trains `cfg`, which is `recipe` with `overrides`, on `nproc` ranks (0: as many as the layout needs).
 
     `grace`: seconds that the ranks have to save and end once asked to. Returns the exit code of megapre.train.loop.run.
-    Raises MeshError where the layout cannot be cut out of `nproc` ranks.
+    Raises MeshError where the layout cannot be cut out of `nproc` ranks, RunFolderError where a run is there already.
     """
     nproc = nproc or cfg.layout.model_parallel * max(cfg.layout.dp, 1)
     mesh = Mesh.of(cfg.layout, nproc)
     cfg.batch.micro_batches(mesh.dp)  # cannot be cut: told once, before anything starts
+    folder = RunFolder(Path(cfg.run.dir) / cfg.name, resume)  # in use: the same, and before logs are added to its own
     command = [sys.executable, "-m", "megapre", "train", recipe, *overrides, *(["--resume"] if resume else [])]
-    return launch(command, nproc, Path(cfg.run.dir) / cfg.name / "logs", grace, environment(nproc, cfg.run.threads))
+    return launch(command, nproc, folder.path / "logs", grace, environment(nproc, cfg.run.threads))
 
 
 def run_verb(words: Sequence[str], nproc: int, grace: float) -> int:
-    """Runs `megapre WORDS...`, such as bench comm, as `nproc` ranks. Their logs are in runs/VERB/logs."""
+    """Runs `megapre WORDS...`, such as bench comm, as `nproc` ranks. Their logs are in runs/bench-comm/logs."""
     command = [sys.executable, "-m", "megapre", *words]
     return launch(command, nproc, Path("runs") / "-".join(words[:2]) / "logs", grace, environment(nproc, 0))
 

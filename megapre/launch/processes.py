@@ -29,14 +29,16 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, Self
 
+from megapre.train.signals import EXIT_CODES
+
 PASSED_ON = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGUSR2: signal.SIGUSR2,
     signal.SIGHUP: signal.SIGTERM,
 }
-STOPPED = (130, 75)
-"""Exit codes of a rank that ended because it was asked to; see megapre.train.signals."""
+STOPPED = tuple(EXIT_CODES.values())
+"""Exit codes of a rank that ended because it was asked to."""
 FAILURE_GRACE = 15.0
 """Seconds that ranks have to end after another one has failed: they wait for it in vain, and cannot save."""
 TAIL = 30
@@ -49,7 +51,7 @@ class Rank:
 
     def __init__(self, number: int, command: Sequence[str], environment: Mapping[str, str], log: IO[bytes]) -> None:
         self.number = number
-        self.log = log
+        self.log, self._logs = log, True
         self.tail: deque[bytes] = deque(maxlen=TAIL)
         self.code: int | None = None
         self._rest = b""
@@ -75,11 +77,17 @@ class Rank:
         if not data and not self._rest:
             return None
         *lines, self._rest = (self._rest + data).split(b"\n") if data else (self._rest, b"")
-        for line in lines:
-            self.log.write(line + b"\n")
-        self.log.flush()
+        self._keep(lines)
         self.tail.extend(lines)
         return lines
+
+    def _keep(self, lines: list[bytes]) -> None:
+        if self._logs and lines:
+            try:
+                self.log.write(b"".join(line + b"\n" for line in lines))
+            except OSError as error:  # the disk is full: ranks go on without, and may still save elsewhere
+                self._logs = False
+                lines.append(f"megapre: the log {self.log.name} cannot be written any more: {error}".encode())
 
     def end(self, number: signal.Signals) -> None:
         """Signals the process, and with SIGKILL all that it has started."""
@@ -183,7 +191,11 @@ class Ranks:
             return 128 + self._signals[-1]
         if self.failed:
             self._explain()
-        return next((rank.code for rank in [*self.failed, *self.ended] if rank.code), 0)
+        code = next((rank.code for rank in [*self.failed, *self.ended] if rank.code), 0)
+        asked = PASSED_ON[self._signals[0]] if self._signals else None
+        if asked is not None and code == 128 + asked:  # the rank had only started, and nothing is lost
+            return EXIT_CODES[asked]
+        return code
 
     def _listen(self, seconds: float) -> None:
         """Waits for output, an end or a signal. epoll gives them in the order in which they came, and so do we: the
@@ -277,7 +289,7 @@ def launch(command: Sequence[str], nproc: int, logs: Path, grace: float, environ
     with contextlib.ExitStack() as open_, Ranks(grace) as ranks:
         port = free_port()
         for rank in range(nproc):
-            log = open_.enter_context((logs / f"rank{rank}.out").open("ab"))
+            log = open_.enter_context((logs / f"rank{rank}.out").open("ab", buffering=0))
             ranks.start(command, {**environment, **variables(rank, nproc, port)}, log)
         return ranks.run()
 

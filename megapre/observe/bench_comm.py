@@ -12,7 +12,7 @@ from functools import partial
 from statistics import quantiles
 from typing import TYPE_CHECKING, Literal
 
-from ..config import Config, Layout, Run
+from ..config import Comm, Config, Layout, Run
 from ..plan import comm_profile
 from ..plan.link import FACTORS, FitError, Link, fit
 from .comm_ranks import BenchCommError, Ranks, on_ranks
@@ -86,15 +86,22 @@ class Report:
 
 
 def run(
-    request: Request, layout: Layout, out: str | None = None, write_profile: bool = False, profile: str = ""
+    request: Request,
+    layout: Layout,
+    out: str | None = None,
+    write_profile: bool = False,
+    profile: str = "",
+    options: Comm | None = None,
 ) -> int:
     """Measures on all ranks; the first prints the table and writes files and profile. 0; 1 where a result was wrong.
+    `options`: of the communicators.
 
     Raises BenchCommError, MeshError and CommError, before anything is measured where possible.
     """
     checked(request)
     settings = Run(steps=1, device=request.device)
-    return on_ranks("bench", layout, settings, lambda ranks: _run(request, ranks, out, write_profile, profile))
+    work = partial(_run, request, out=out, write_profile=write_profile, profile=profile)
+    return on_ranks("bench", layout, settings, options or Comm(), work)
 
 
 def _run(request: Request, ranks: Ranks, out: str | None, write_profile: bool, profile: str) -> int:

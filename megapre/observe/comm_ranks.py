@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from .. import __version__
-from ..config import Layout, Run
+from ..config import Comm, Layout, Run
 from ..errors import UserError
 from ..mesh import Mesh
 
@@ -56,14 +56,15 @@ class Ranks:
         }
 
 
-def on_ranks(verb: str, layout: Layout, run: Run, work: Callable[[Ranks], T]) -> T:
-    """`work` on the ranks that a launcher has started, with the groups of `layout` among them and a device as `run`
-    says.
+def on_ranks(verb: str, layout: Layout, run: Run, options: Comm, work: Callable[[Ranks], T]) -> T:
+    """`work` on the ranks that a launcher has started, with the groups of `layout` among them, made as `options` say,
+    and a device as `run` says.
 
     Raises BenchCommError for one rank, DeviceError, MeshError where the layout does not fit the ranks, CommError.
     """
     from ..parallel import comm
     from ..parallel.stopwatch import Stopwatch
+    from ..parallel.tuned import options as by_axis
     from ..train import machine
 
     here = comm.place(os.environ)
@@ -74,9 +75,9 @@ def on_ranks(verb: str, layout: Layout, run: Run, work: Callable[[Ranks], T]) ->
         )
     mesh = Mesh.of(layout, here.world)
     device = machine.prepare(run, here)
-    comm.join(here, device)
+    comm.join(here, device, options.timeout)
     with comm.blaming_others(here.rank):
-        groups = comm.connect(mesh, here.rank, device)
+        groups = comm.connect(mesh, here.rank, device, options=by_axis(options, {}))
         result = work(Ranks(here, device, groups, Stopwatch(groups.world, device)))
     del groups
     comm.leave()

@@ -79,7 +79,7 @@ def run(cfg: Config, request: Request, out: str | None = None, profile: str = ""
         raise BenchCommError(f"tune comm: there is no {', '.join(unknown)}; there are {', '.join(PARTS)}")
     if not cfg.model.vocab:
         cfg = cfg.with_vocab(50257)  # GPT-2's, for a recipe that leaves its vocabulary to the data
-    return on_ranks("tune", cfg.layout, cfg.run, lambda ranks: _run(cfg, request, ranks, out, profile))
+    return on_ranks("tune", cfg.layout, cfg.run, cfg.comm, lambda ranks: _run(cfg, request, ranks, out, profile))
 
 
 def _run(cfg: Config, request: Request, ranks: Ranks, out: str | None, profile: str) -> int:
@@ -154,6 +154,9 @@ class Tuning:
         self.measured.add("options")
         for axis, group in list(self.handles.items()):
             if group.size == 1:
+                continue
+            if axis in (*self.cfg.comm.nccl, *self.cfg.comm.high_priority):
+                self.left_out.append(f"communicators of {axis}: comm.nccl or comm.high_priority sets them")
                 continue
             made: dict[str, Group] = {}
             found = self._race(

@@ -194,9 +194,10 @@ def blaming_others(rank: int) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         reason = str(error).splitlines()[0].partition(". ")[0]
+        slow = ". Where it is only slow, a longer comm.timeout waits for it" if "imed out" in reason else ""
         raise CommError(
             f"rank {rank}: an operation with other ranks failed. One of them has ended or hangs, and its own messages "
-            f"say why; here it is: {reason}"
+            f"say why; here it is: {reason}{slow}"
         ) from error
 
 

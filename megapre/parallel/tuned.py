@@ -88,7 +88,8 @@ def _filled(layout: Layout, profile: comm_profile.Profile, file: Path) -> Tuned:
     changes: dict[str, Any] = {}
     if "bucket_elements" in chosen and not layout.bucket:
         changes["bucket"] = chosen["bucket_elements"]
-    if "overlap_products" in chosen and "overlap_products" not in layout.model_fields_set:
+    gathers = layout.tp > 1 and layout.sequence_parallel  # as overlap_products needs; the recipe tuned had them
+    if "overlap_products" in chosen and "overlap_products" not in layout.model_fields_set and gathers:
         changes["overlap_products"] = chosen["overlap_products"]
     options = {axis: options_of(given) for axis, given in chosen.get("options", {}).items()}
     said = [f"{name} = {value}" for name, value in changes.items()] + [f"options of {axis}" for axis in options]

@@ -19,7 +19,7 @@ import torch
 from megapre import __version__
 from megapre.data import GlobalBatch, MicroBatch, build_loader
 from megapre.optim.schedules import lr_at
-from megapre.parallel.comm import blaming_others, first_alone, gathered, join, leave, place
+from megapre.parallel.comm import blaming_others, first_alone, gathered, join, leave, place, together
 from megapre.parallel.tuned import tuned
 
 from . import machine
@@ -66,7 +66,8 @@ def _step(cfg: Config, steps: int, warmup: int, here: Place, device: torch.devic
     cfg = cfg.model_copy(update={"layout": chosen.layout})
     groups = connected(cfg, here, device, chosen.options)
     dp, ranks = groups.dp, groups.world.handle
-    plan = plan_of(cfg, device, groups.mesh, here.local_world)
+    with together(ranks):
+        plan = plan_of(cfg, device, groups.mesh, here.local_world)
     engine = Engine(cfg, device, groups)
     marks = []
     with first_alone(ranks):

@@ -288,15 +288,15 @@ def test_bench_comm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = door(monkeypatch, megapre.observe.bench_comm, "run", 1)
     assert run("bench", "comm") == 1
     request = megapre.observe.bench_comm.Request()
-    bench.assert_called_once_with(request, load("debug").layout, None, False, "")  # type: ignore[attr-defined]
+    bench.assert_called_once_with(request, load("debug").layout, None, False, "", None)  # type: ignore[attr-defined]
     options = "--axis tp,pp --collective all_reduce --from 4KiB --to 1GiB --factor 4 --repeats 9 --device cpu --out o"
     words = ["debug", "layout.tp=2", *options.split(), "--write-profile", "--profile", "p"]
     assert run("bench", "comm", *words) == 1
     request = megapre.observe.bench_comm.Request(
         ("tp", "pp"), ("all_reduce",), smallest=2**12, largest=2**30, factor=4, repeats=9, device="cpu"
     )
-    layout = load("debug", ["layout.tp=2"]).layout
-    bench.assert_called_with(request, layout, "o", True, "p")  # type: ignore[attr-defined]
+    cfg = load("debug", ["layout.tp=2"])
+    bench.assert_called_with(request, cfg.layout, "o", True, "p", cfg.comm)  # type: ignore[attr-defined]
 
 
 def test_tune_comm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

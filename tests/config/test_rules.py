@@ -286,6 +286,11 @@ BROKEN = [
         "optim: grad_dtype = 'bf16' is for run.dtype = 'bf16', but that is 'fp16'; nearest: grad_dtype fp32, "
         "run.dtype bf16",
     ),
+    (
+        "gpt2-124m",
+        ["run.steps=700", "run.trace=[700, 701, 10]"],
+        "run: trace = [700, 701, 10] has [701] beyond run.steps = 700; nearest: 700",
+    ),
     ("gpt2-124m", ["data.stages=[{train=[]}]"], "data.stages.0: train is empty; name at least one source"),
     (
         "gpt2-124m",
@@ -321,7 +326,7 @@ def test_a_broken_rule_is_reported(recipe: str, overrides: list[str], problem: s
         ("llama3-8b", ["model.rope_scaling={type='linear', factor=4}"]),
         ("llama3-1b", ["model.rope_scaling=none"]),
         ("gpt2-124m", ["optim.schedule=wsd", "optim.decay_steps=1000"]),
-        ("gpt2-124m", ["run.steps=700"]),
+        ("gpt2-124m", ["run.steps=700", "run.trace=[1, 700]"]),
         ("gpt2-124m", ["layout.recompute=['block', 'norm']", "layout.recompute_layers=2", "layout.recompute_group=2"]),
         ("gpt2-124m", ["run.dtype=fp16", "optim.loss_scale=128"]),
         ("gpt2-124m", ["optim.master=none", "optim.moments=bf16"]),

@@ -1,5 +1,6 @@
-"""`megapre bench comm` and `megapre tune comm` on real ranks, as a user starts them."""
+"""`megapre bench comm`, `tune comm` and `bench step` on real ranks, as a user starts them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +39,14 @@ def test_buckets_are_compared_between_replicas(tmp_path: Path) -> None:
     assert tune.returncode == 0, tune.stderr
     assert "buckets of dp  default 25,000,000 elements" in tune.stdout and "refused" not in tune.stdout
     assert "runs with layout.comm_profile=mine.json use it" in tune.stdout and (tmp_path / "mine.json").exists()
+
+
+def test_the_step_of_a_layout_is_timed(tmp_path: Path) -> None:
+    sizes = ("batch.global=4", "batch.micro=1", "model.vocab=512", "--steps", "2", "--json", "step.json")
+    done = started(tmp_path, "--nproc", "2", "bench", "step", "debug", "layout.pp=2", *sizes)
+    assert done.returncode == 0, done.stderr
+    assert "[0] debug on 2 ranks" in done.stdout and "[1]" not in done.stdout
+    assert json.loads((tmp_path / "step.json").read_text())["layout"]["pp"] == 2
 
 
 def test_errors_are_told_without_a_traceback(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from megapre.config import load
 from megapre.launch import local
 from megapre.mesh import Mesh, MeshError
 from megapre.train import cpu_runtime
+from megapre.train.folder import RunFolderError
 
 OVERRIDES = ("layout.tp=2", "layout.pp=2", "name=x", "run.dir=somewhere")
 
@@ -58,6 +59,16 @@ def test_what_does_not_fit_is_told_before_anything_starts(launch: "object") -> N
     with pytest.raises(ValueError, match="batch: global = 4 sequences cannot be cut"):
         called(launch, "batch.global=4", "batch.micro=1", nproc=3)
     launch.assert_not_called()  # type: ignore[attr-defined]
+
+
+def test_a_run_that_is_there_is_told_before_anything_starts(launch: "object", tmp_path: Path) -> None:
+    here = ("layout.tp=2", "name=x", f"run.dir={tmp_path}")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.toml").touch()
+    with pytest.raises(RunFolderError, match="exists already; continue that run with --resume"):
+        called(launch, *here)
+    launch.assert_not_called()  # type: ignore[attr-defined]
+    assert called(launch, *here, resume=True)[2] == tmp_path / "x" / "logs"
 
 
 def test_a_mesh_of_a_layout() -> None:

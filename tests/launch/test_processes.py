@@ -168,6 +168,19 @@ sys.exit(75)
 """
 
 
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGHUP, 75)]
+)
+def test_ranks_that_have_only_started_are_stopped_and_not_failed(
+    start: Start, number: signal.Signals, code: int
+) -> None:
+    process = start(2, "signal.signal(signal.SIGINT, signal.SIG_DFL); print(os.getpid()); time.sleep(60)")
+    pids_of(process, 2)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
 def test_a_signal_is_passed_on_once_and_waited_for(start: Start, number: signal.Signals) -> None:
     process = start(2, SAVES)
@@ -241,6 +254,18 @@ def test_a_reader_that_has_gone_stops_no_rank(start: Start, tmp_path: Path) -> N
     process.stdout.close()
     assert process.wait(timeout=60) == 0
     assert (tmp_path / "logs" / "rank1.out").read_text().splitlines() == [str(i) for i in range(200)]
+
+
+def test_a_log_that_cannot_be_written_stops_no_rank(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank1.out").symlink_to("/dev/full")
+    process = start(2, "print('one'); time.sleep(0.5); print('two')")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    lines = [line for line in out.splitlines() if line.startswith("[1]")]
+    assert lines[0] == "[1] one" and lines[-1] == "[1] two" and len(lines) == 3
+    assert "rank1.out cannot be written any more: [Errno 28]" in lines[1]
+    assert (tmp_path / "logs" / "rank0.out").read_text() == "one\ntwo\n"
 
 
 def test_a_command_that_is_not_there(tmp_path: Path) -> None:

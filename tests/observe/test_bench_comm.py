@@ -5,6 +5,7 @@ import json
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ import torch.distributed as dist
 from fake_link import FakeLink
 from ranks import RunOn
 
-from megapre.config import Layout, Run, load
+from megapre.config import Comm, Layout, Run, load
 from megapre.mesh import Mesh
 from megapre.observe import bench_comm, comm_report
 from megapre.observe.bench_comm import Report, Request, checked, layout_of, parse_size, row
 from megapre.observe.comm_ranks import BenchCommError, Ranks, on_ranks
-from megapre.parallel import collectives
-from megapre.parallel.comm import Place, connect
+from megapre.parallel import collectives, comm
+from megapre.parallel.comm import CommError, Place, connect
 from megapre.plan import Link
 from megapre.plan.comm_profile import find
 from megapre.plan.link import FACTORS
@@ -139,7 +140,24 @@ def test_one_rank_is_told_how_to_start_several(monkeypatch: pytest.MonkeyPatch) 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(BenchCommError, match="megapre launch local --nproc 2 tune comm"):
-        on_ranks("tune", Layout(), Run(steps=1, device="cpu"), lambda ranks: 0)
+        on_ranks("tune", Layout(), Run(steps=1, device="cpu"), Comm(), lambda ranks: 0)
+
+
+def test_groups_are_made_as_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is measured is what a run will have."""
+    for name, value in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), "0202", strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    join, made = create_autospec(comm.join), create_autospec(connect, side_effect=CommError("far enough"))
+    monkeypatch.setattr(comm, "join", join)
+    monkeypatch.setattr(comm, "connect", made)
+    recipe = load("debug", ["comm.timeout=50", "comm.timeouts={dp=20}", "comm.nccl={dp={max_ctas=8}}"])
+    with pytest.raises(CommError, match="far enough"):
+        on_ranks("tune", Layout(), Run(steps=1, device="cpu"), recipe.comm, lambda ranks: 0)
+    assert join.call_args.args[2] == 50
+    options = made.call_args.kwargs["options"]
+    assert (options["tp"].timeout, options["dp"].timeout, options["dp"].nccl) == (50, 20, {"max_ctas": 8})
 
 
 def test_bandwidths_are_those_of_nccl_tests() -> None:

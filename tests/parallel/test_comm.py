@@ -17,7 +17,7 @@ from ranks import RankError, RunOn
 
 from megapre.mesh import Mesh
 from megapre.parallel import comm
-from megapre.parallel.comm import CommError, Group, Groups, Options, Place, Spec, connect, order, place
+from megapre.parallel.comm import CommError, Group, Groups, Options, Place, Spec, blaming_others, connect, order, place
 
 CPU = torch.device("cpu")
 meshes = st.builds(
@@ -217,3 +217,11 @@ def test_a_contradictory_launcher_is_told(change: Callable[[dict[str, str]], obj
     change(environment)
     with pytest.raises(CommError, match=message):
         place(environment)
+
+
+@pytest.mark.parametrize(("said", "slow"), [("Timed out waiting 6000ms", True), ("Connection closed by peer", False)])
+def test_who_waits_in_vain_is_told_how_to_wait_longer(said: str, slow: bool) -> None:
+    with pytest.raises(CommError) as told, blaming_others(3):
+        raise RuntimeError(f"[gloo/unbound_buffer.cc:78] {said}. This may be, and so on\nC++ stack")
+    assert "rank 3: an operation with other ranks failed" in str(told.value) and said in str(told.value)
+    assert ("a longer comm.timeout" in str(told.value)) == slow

@@ -54,6 +54,14 @@ def test_what_the_config_says_goes_before_it(run_on: RunOn, tmp_path: Path) -> N
         assert (found.layout.bucket, found.layout.overlap_products) == (777, False)
 
 
+def test_what_this_layout_cannot_use_is_not_taken(run_on: RunOn, tmp_path: Path) -> None:
+    """The recipe that was tuned cut its sequences, this one does not: with the ring its config would be refused."""
+    file = written(tmp_path / "p.json")
+    for found, _ in run_on(2, on_rank, str(file), {"sequence_parallel": False}):
+        assert (found.layout.bucket, found.layout.overlap_products) == (1 << 20, False)
+        assert "bucket = 1048576" in found.state and "overlap_products" not in found.state
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -15,6 +15,7 @@ from ranks import RankError, RunOn
 from megapre import checkpoint
 from megapre.checkpoint.commit import committed
 from megapre.config import Config
+from megapre.errors import UserError
 from megapre.parallel.comm import Place
 from megapre.train import bench, loop
 from megapre.train.folder import read_metrics
@@ -141,6 +142,24 @@ def test_a_used_folder_is_refused_on_every_rank(run_on: RunOn, tiny: Tiny, tmp_p
     with pytest.raises(RankError, match="exists already; continue that run with --resume"):
         run_on(2, train, tiny("layout.dp=2", "batch.micro=1"))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
+
+
+def without_memory(cfg: Config, rank: int) -> str:
+    """What a rank is told where one of them is on a machine without memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == rank:
+            patch.setattr("megapre.train.machine.memory_size", lambda _: 1000)
+        try:
+            train(cfg)
+        except UserError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_machine_that_is_too_small_is_told_to_all(run_on: RunOn, tiny: Tiny, tmp_path: Path) -> None:
+    first, second = run_on(2, without_memory, tiny("layout.dp=2", "batch.micro=1"), 1)
+    assert first.startswith("CommError: rank 1: model: ") and second.startswith("TooLarge: model: ")
+    assert not (tmp_path / "run").exists()
 
 
 def damaged(cfg: Config) -> list[str]:
