@@ -17,7 +17,8 @@ Measured bf16 T 8192, H 768, V 50304: 0.68 ms, F.embedding 1.24; added to an fp3
 
 torch's CPU kernel adds the gradients of a row's occurrences in the dtype of the table. In bf16 that sum stops at
 256 times an addend, and a frequent token (a comma is every twentieth) gets a gradient that is wrong in its first digit.
-torch's CUDA kernel sums in fp32 already, and is used there.
+torch's CUDA kernel sums in fp32 already, and is used there. The CUDA C++ form of the gradient (csrc/cuda/embedding.cu)
+adds to a buffer given beforehand, in an order that depends on the ids alone; not yet run on a GPU.
 """
 
 from typing import Any

@@ -100,6 +100,7 @@ NOT_RUN = "not yet run on a GPU"
 IMPLEMENTATIONS = (
     Implementation("embedding", "summed", embedding.summed, _on_cpu_alone("torch's own kernel sums in fp32 there")),
     Implementation("embedding", "torch", embedding.torch_embedding),
+    Implementation("embedding", "cuda", embedding.summed, _needs_cuda("embedding_gradient_"), note=NOT_RUN),
     Implementation("embedding", "reference", embedding.reference),
     Implementation("linear", "native", linear.native, _needs_native("linear_", "linear_weight_gradient_")),
     Implementation("linear", "torch", linear.torch_linear),
