@@ -6,10 +6,15 @@ With them goes tests/cuda/emulator_cases.cu, which uses what is in csrc/cuda/dev
 are csrc/cuda/nvcc.options, as in the build: sm_80 and sm_90a. Registers, local memory (spills) and static
 shared memory are those that ptxas reports. Registers may differ between releases of nvcc: with another release than the
 table's, only local memory and what does not compile count.
+
+What ptxas could not keep apart is an error too (C7510: products of warpgroups one after another; C7508: setmaxnreg
+ignored), and so is a kernel in whose machine code the instructions of INSTRUCTIONS are missing, where cuobjdump is
+found (CUDA's or Triton's).
 """
 
 import argparse
 import fnmatch
+import importlib.util
 import json
 import re
 import shutil
@@ -24,6 +29,8 @@ from torch.utils.cpp_extension import include_paths
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "tests" / "cuda" / "aot_table.json"
 OPTIONS = ROOT / "csrc" / "cuda" / "nvcc.options"
+# What every kernel of these files must hold as sm_90a: products of warpgroups, the TMA unit, registers that move.
+INSTRUCTIONS = {"attention_sm90_*": ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG")}
 ENTRY = re.compile(r"Compiling entry function '(?P<symbol>\w+)' for '(?P<arch>sm_\d+a?)'")
 
 Row = dict[str, int]
@@ -32,16 +39,34 @@ Row = dict[str, int]
 def measure(source: Path) -> dict[str, Row]:
     """{"sm_90a norm: kernel<...>": registers a thread, bytes of local memory a thread, bytes of static shared memory}.
 
-    RuntimeError with what the compiler says when it does not compile.
+    RuntimeError with what the compiler says when it does not compile, or not to what was meant.
     """
     with tempfile.TemporaryDirectory() as scratch:
         command = ["nvcc", "--options-file", OPTIONS, "-Xptxas", "-v", "-c", source, "-o", f"{scratch}/kernel.o"]
         for path in include_paths():
             command += ["-isystem", path]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{source.name}: {done.stderr[-6000:]}")
+        if done.returncode:
+            raise RuntimeError(f"{source.name}: {done.stderr[-6000:]}")
+        if lost := re.findall(r"\(C75\d\d\).*", done.stderr):
+            raise RuntimeError("\n".join([f"{source.name}: ptxas did not do what is written:", *lost]))
+        check_instructions(source.stem, Path(scratch) / "kernel.o")
     return parse(done.stderr, source.stem)
+
+
+def check_instructions(unit: str, compiled: Path) -> None:
+    """RuntimeError when a kernel of `unit` lacks what INSTRUCTIONS names."""
+    triton = importlib.util.find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else Path()
+    cuobjdump = shutil.which("cuobjdump") or (str(bundled) if bundled.is_file() else None)
+    needed = [name for pattern, names in INSTRUCTIONS.items() if fnmatch.fnmatchcase(unit, pattern) for name in names]
+    if not needed or cuobjdump is None:
+        return
+    code = subprocess.run([cuobjdump, "-sass", "-arch", "sm_90a", compiled], capture_output=True, text=True, check=True)
+    for kernel in code.stdout.split("Function : ")[1:]:
+        missing = [name for name in needed if not re.search(rf"\b{name}\b", kernel)]
+        if missing:
+            raise RuntimeError(f"{unit}: no {' and no '.join(missing)} in the code for sm_90a of {kernel.split()[0]}")
 
 
 def parse(report: str, unit: str) -> dict[str, Row]:

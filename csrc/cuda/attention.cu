@@ -63,11 +63,12 @@ void check_documents(const char* op, const OptionalTensor& cu_seqlens, const Ten
   }
 }
 
-// Rows of D neighbours that start at multiples of 16 bytes, any multiple of 8 elements up to kLargestStride apart.
+// Rows of D neighbours that start at multiples of 16 bytes, any multiple of 8 elements up to kLargestStride apart; not one
+// row for many, for the TMA unit takes no step of 0.
 bool has_aligned_rows(const Tensor& t) {
   bool aligned = is_aligned(t.data_ptr()) && t.stride(3) == 1 && t.stride(1) <= kLargestStride;
   for (int64_t dim = 0; dim < 3; ++dim) {
-    aligned = aligned && (t.stride(dim) % 8 == 0 || t.size(dim) == 1);
+    aligned = aligned && ((t.stride(dim) % 8 == 0 && t.stride(dim) > 0) || t.size(dim) == 1);
   }
   return aligned;
 }
@@ -123,9 +124,16 @@ struct AttentionKernels {
 };
 
 // Those that serve a call best: `capability` is 80 for sm_80.
-AttentionKernels choose_attention(const char* name, int capability, const Attention&) {
+AttentionKernels choose_attention(const char* name, int capability, const Attention& op) {
   check(capability >= 80, name, ": this device is sm_", capability, "; the CUDA kernels need sm_80 or later");
-  return {attention_forward_sm80, attention_backward_sm80};
+  AttentionKernels chosen{attention_forward_sm80, attention_backward_sm80};
+  if (capability == 90 && op.dim > 32) {  // code for sm_90a runs nowhere else, and fills smaller heads up to 64
+    chosen.forward = attention_forward_sm90;
+    if (op.dim <= 128) {  // dK and dV of larger heads do not fit in the registers of one warpgroup
+      chosen.backward = attention_backward_sm90;
+    }
+  }
+  return chosen;
 }
 
 std::tuple<Tensor, Tensor> attention(

@@ -87,9 +87,13 @@ void key_gradients(const Attention& op, cudaStream_t stream) {
 
 }  // namespace
 
+void attention_statistics(const Attention& op, const float* dlse, cudaStream_t stream) {
+  op.is_bf16 ? statistics<bf16>(op, dlse, stream) : statistics<fp16>(op, dlse, stream);
+}
+
 void attention_backward_sm80(const Attention& op, const float* dlse, cudaStream_t stream) {
+  attention_statistics(op, dlse, stream);
   for_tiles_of(op, [&]<typename T, int D>() {
-    statistics<T>(op, dlse, stream);
     if constexpr (D <= 128) {
       key_gradients<T, D, true, true>(op, stream);
     } else {

@@ -1,4 +1,4 @@
-"""CUDA attention under emulation: the 2x rule against fp64, masks, head dims, layouts, poison, any order of warps."""
+"""CUDA attention for sm_80 and sm_90a, emulated: the rule, masks, head dims, layouts, poison, any order of warps."""
 
 import emulated
 import pytest
@@ -13,8 +13,11 @@ from megapre.kernels import attention
 
 DTYPES = [torch.bfloat16, torch.float16]
 OUTPUTS = ("o", "lse", "dq", "dk", "dv")
-# Around tiles of 128 queries and of 32 and 64 keys.
-LENGTHS = st.integers(1, 40) | st.sampled_from([63, 64, 65, 100, 127, 128, 129, 160, 200])
+# Around tiles of 128 and 192 queries and of 32, 64 and 128 keys.
+LENGTHS = st.integers(1, 40) | st.sampled_from([63, 64, 65, 100, 127, 128, 129, 160, 200, 260])
+# The capability and head dims that its own kernels take; an sm_90 has those for sm_80 for the smaller.
+HEAD_DIMS = [(80, dim) for dim in (8, 24, 32, 64, 72, 96, 104, 128, 136, 192, 256)]
+HEAD_DIMS += [(90, dim) for dim in (40, 64, 72, 128, 136, 256)]
 
 
 def attend(
@@ -61,7 +64,7 @@ def obeys(
     cached=st.none() | st.integers(0, 100),
     key_heads=st.integers(1, 2),
     group=st.integers(1, 3),
-    dim=st.sampled_from([8, 32, 40, 64]),
+    capability_and_dim=st.sampled_from([(80, 8), (80, 32), (80, 40), (80, 64), (90, 40), (90, 64), (90, 128)]),
     causal=st.booleans(),
     window=st.none() | st.integers(1, 150),
     documents=st.none() | st.lists(st.integers(0, 400), max_size=6),
@@ -75,7 +78,7 @@ def test_obeys_the_rule(
     cached: int | None,
     key_heads: int,
     group: int,
-    dim: int,
+    capability_and_dim: tuple[int, int],
     causal: bool,
     window: int | None,
     documents: list[int] | None,
@@ -88,19 +91,25 @@ def test_obeys_the_rule(
         cuts = sorted(min(d, batch * keys) for d in documents)
         cu_seqlens = torch.tensor([0, *cuts, *(c + 1 for c in cuts[-1:] if c < batch * keys), batch * keys])
         cu_seqlens = cu_seqlens.to(torch.int32 if batch == 1 else torch.int64)
+    capability, dim = capability_and_dim
+    loaded_emulator.device(capability=capability)
     tensors = qkv(batch, queries, keys, key_heads * group, key_heads, dim, dtype)
     obeys(loaded_emulator, *tensors, causal, cu_seqlens, window, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [8, 24, 32, 64, 72, 96, 104, 128, 136, 192, 256])
-def test_every_head_dim(emulator: emulated.Emulator, dtype: torch.dtype, dim: int) -> None:
+@pytest.mark.parametrize(("capability", "dim"), HEAD_DIMS)
+def test_every_head_dim(emulator: emulated.Emulator, dtype: torch.dtype, capability: int, dim: int) -> None:
     """Those that fill their tiles, and those that are filled up to them; over more than one tile of both sides."""
+    emulator.device(capability=capability)
     obeys(emulator, *qkv(1, 134, 140, 2, 1, dim, dtype), cu_seqlens=None, window=100)
 
 
-@pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
-def test_any_order_of_warps_gives_the_same_bits(emulator: emulated.Emulator, dim: int) -> None:
+@pytest.mark.parametrize(
+    ("capability", "dim"), [*((80, dim) for dim in (32, 64, 96, 128, 256)), *((90, dim) for dim in (64, 128, 256))]
+)
+def test_any_order_of_warps_gives_the_same_bits(emulator: emulated.Emulator, capability: int, dim: int) -> None:
+    emulator.device(capability=capability)
     tensors = qkv(1, 150, 150, 2, 1, dim, torch.bfloat16)
     do, cu_seqlens = drawn(1, 150, 2, dim, dtype=torch.bfloat16), torch.tensor([0, 70, 150], dtype=torch.int32)
     expected = attend(emulator, *tensors, do, None, True, cu_seqlens, None, 0.2)
@@ -109,9 +118,10 @@ def test_any_order_of_warps_gives_the_same_bits(emulator: emulated.Emulator, dim
         assert same(attend(emulator, *tensors, do, None, True, cu_seqlens, None, 0.2), expected)
 
 
-def test_layouts_do_not_matter(emulator: emulated.Emulator) -> None:
+@pytest.mark.parametrize("dim", [24, 40])
+def test_layouts_do_not_matter(emulator: emulated.Emulator, dim: int) -> None:
     """Views of one projection, transposed and reversed strides, rows across 16 bytes: the bits of whole tensors."""
-    batch, length, heads, key_heads, dim = 2, 70, 4, 2, 24
+    batch, length, heads, key_heads = 2, 70, 4, 2
     do = drawn(batch, length, heads, dim, dtype=torch.bfloat16)
     packed = drawn(batch, length, heads + 2 * key_heads, dim, dtype=torch.bfloat16)
     padded = torch.full((batch, length, heads + 2 * key_heads, dim + 3), torch.nan).bfloat16()[..., 1 : dim + 1]
@@ -131,24 +141,26 @@ def test_layouts_do_not_matter(emulator: emulated.Emulator) -> None:
 
 
 @pytest.mark.parametrize("at", [8, 3])
-def test_gradients_of_a_projection_are_written_side_by_side(emulator: emulated.Emulator, at: int) -> None:
+@pytest.mark.parametrize("dim", [24, 40])
+def test_gradients_of_a_projection_are_written_side_by_side(emulator: emulated.Emulator, at: int, dim: int) -> None:
     """Into views of one tensor, aligned to 16 bytes or not, and nowhere else; and they are seen to be written."""
     heads, key_heads = 4, 2
-    parts = drawn(2, 70, heads + 2 * key_heads, 24, dtype=torch.float16).split([heads, key_heads, key_heads], dim=2)
-    do, settings = drawn(2, 70, heads, 24, dtype=torch.float16), (True, None, None, 0.2)
+    parts = drawn(2, 70, heads + 2 * key_heads, dim, dtype=torch.float16).split([heads, key_heads, key_heads], dim=2)
+    do, settings = drawn(2, 70, heads, dim, dtype=torch.float16), (True, None, None, 0.2)
     whole = attend(emulator, *parts, do, None, *settings)
-    room = torch.full((2, 70, heads + 2 * key_heads + 1, 40), 7.0, dtype=torch.float16)
-    gradients = room[:, :, :-1, at : at + 24].split([heads, key_heads, key_heads], dim=2)
+    room = torch.full((2, 70, heads + 2 * key_heads + 1, 64), 7.0, dtype=torch.float16)
+    gradients = room[:, :, :-1, at : at + dim].split([heads, key_heads, key_heads], dim=2)
     before = room._version
     emulator.ops.attention_backward_(*gradients, do, None, *parts, *whole[:2], *settings)
     assert same([*gradients], whole[2:])
-    assert (room[:, :, -1] == 7).all() and (room[..., :at] == 7).all() and (room[..., at + 24 :] == 7).all()
+    assert (room[:, :, -1] == 7).all() and (room[..., :at] == 7).all() and (room[..., at + dim :] == 7).all()
     assert room._version > before
 
 
-def test_whole_tiles_of_other_documents_are_never_read(emulator: emulated.Emulator) -> None:
+@pytest.mark.parametrize("dim", [32, 128])
+def test_whole_tiles_of_other_documents_are_never_read(emulator: emulated.Emulator, dim: int) -> None:
     """Keys and values that no query sees may be NaN, if they share no tile with those that some query sees."""
-    q, k, v = qkv(1, 256, 256, 2, 2, 32, torch.bfloat16)
+    q, k, v = qkv(1, 256, 256, 2, 2, dim, torch.bfloat16)
     k2, v2 = k.clone(), v.clone()
     k2[:, :128], v2[:, :128] = torch.nan, torch.nan
     settings = (True, torch.tensor([0, 128, 256], dtype=torch.int32), None, 0.25)
@@ -162,9 +174,10 @@ def test_whole_tiles_of_other_documents_are_never_read(emulator: emulated.Emulat
     assert not after[3][:, :128].any() and not after[4][:, :128].any()
 
 
-def test_large_scores_and_poison(emulator: emulated.Emulator) -> None:
+@pytest.mark.parametrize("dim", [32, 128])
+def test_large_scores_and_poison(emulator: emulated.Emulator, dim: int) -> None:
     """Scores of thousands neither overflow nor vanish; a NaN reaches the queries that see it, or at most their tile."""
-    q, k, v = qkv(1, 200, 200, 1, 1, 32, torch.bfloat16)
+    q, k, v = qkv(1, 200, 200, 1, 1, dim, torch.bfloat16)
     mask = attention.visible(q, k, True, None, None)
     do, dlse = torch.ones_like(q), torch.zeros(1, 1, 200)
     got = attend(emulator, q * 30, k * 30, v, do, None, True, None, None, 0.5)

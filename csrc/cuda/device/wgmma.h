@@ -55,6 +55,17 @@ __device__ __forceinline__ void settle(float (&d)[COUNT]) {
   }
 }
 
+// Keeps a wait for products behind the computation of x, which is never negative: ptxas moves waits up and what should run
+// beside the products down, but not across a barrier of the warp whose mask it does not know.
+__device__ __forceinline__ void computed(float x) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile(
+      "{\n.reg .pred never;\n.reg .b32 lanes;\nsetp.lt.f32 never, %0, 0f00000000;\nselp.b32 lanes, 0, -1, never;\n"
+      "bar.warp.sync lanes;\n}\n" ::"f"(x)
+      : "memory");
+#endif
+}
+
 // d = A B + (add ? d : 0), N = 2 COUNT.
 template <typename T, bool TRANSPOSED, int COUNT>
 __device__ __forceinline__ void wgmma(float (&d)[COUNT], Panel a, Panel b, bool add) {

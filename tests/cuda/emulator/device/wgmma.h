@@ -22,6 +22,7 @@ void warpgroup_wait() {
 
 template <int COUNT>
 void settle(float (&)[COUNT]) {}
+inline void computed(float) {}
 
 template <typename T, bool TRANSPOSED, int COUNT>
 void wgmma(float (&d)[COUNT], Panel a, Panel b, bool add) {
