@@ -126,6 +126,11 @@ struct AttentionKernels {
 // Those that serve a call best: `capability` is 80 for sm_80.
 AttentionKernels choose_attention(const char* name, int capability, const Attention& op) {
   check(capability >= 80, name, ": this device is sm_", capability, "; the CUDA kernels need sm_80 or later");
+  const int shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / 1024;
+  check(
+      shared >= (op.dim <= 96 ? 98 : op.dim <= 128 ? 130 : 161), name, ": head dim ", op.dim,
+      " needs more shared memory than a block of sm_", capability, " has (", shared,
+      " KiB; 98 are needed up to 96, 130 up to 128, 161 above); choose `triton` or `sdpa`");
   AttentionKernels chosen{attention_forward_sm80, attention_backward_sm80};
   if (capability == 90 && op.dim > 32) {  // code for sm_90a runs nowhere else, and fills smaller heads up to 64
     chosen.forward = attention_forward_sm90;

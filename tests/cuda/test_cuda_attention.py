@@ -238,3 +238,14 @@ def test_errors_have_numbers(emulator: emulated.Emulator) -> None:
     emulator.device(capability=75)
     with pytest.raises(ValueError, match=r"this device is sm_75; the CUDA kernels need sm_80"):
         ops.attention(q, q, q, *plain)
+    emulator.device(capability=86)
+    wide = torch.zeros(1, 1, 1, 104, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"head dim 104 needs more shared memory than a block of sm_86 has \(99 KiB"):
+        ops.attention(wide, wide, wide, *plain)
+
+
+def test_smaller_devices(emulator: emulated.Emulator) -> None:
+    """Head dims up to 96 fit in the 99 KiB of shared memory of sm_86 and sm_89."""
+    emulator.device(capability=86)
+    for dim in (64, 96):
+        obeys(emulator, *qkv(1, 40, 40, 1, 1, dim, torch.float16))

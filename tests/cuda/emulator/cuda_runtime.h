@@ -140,6 +140,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
@@ -163,8 +164,14 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       : error == cudaErrorInvalidValue         ? "invalid argument"
                                                : "no error";
 }
+// CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+inline int emulated_shared_limit() {
+  const int capability = emulator::device.capability;
+  return 1024 * (capability == 90 ? 227 : capability == 80 ? 163 : 99);
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::device.multiprocessors
+      : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulated_shared_limit()
       : attribute == cudaDevAttrComputeCapabilityMajor ? emulator::device.capability / 10
                                                        : emulator::device.capability % 10;
   return cudaSuccess;
@@ -177,7 +184,7 @@ inline std::map<const void*, size_t>& emulated_allowances() {
 }
 template <typename... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
-  if (bytes > 227 * 1024) {
+  if (bytes > emulated_shared_limit()) {
     return cudaErrorInvalidValue;
   }
   emulated_allowances()[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(bytes);
