@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -18,10 +17,17 @@ if TYPE_CHECKING:
     from megapre.config import Optim
 
 
+REGION = 1 << 40
+"""Elements that a group of parameters can have, for the numbers of their random bits."""
+
+
 class Flat(Protocol):
-    """Flat buffers that share a weight decay setting; `master` is `param` where that has none."""
+    """Flat buffers that share a weight decay setting; `master` is `param` where that has none. `number` tells a rank's
+    groups apart, and is the same on all ranks with copies of a group.
+    """
 
     decays: bool
+    number: int
     param: Tensor
     master: Tensor
     kept: int
@@ -37,8 +43,8 @@ class AdamW:
     `updates` (0-dim fp32, on the device) counts updates made. A skipped step does not count, so bias correction stays
     exact. fp32 holds integers to 16.7 million, beyond any run, and 1 - beta**t is 1 long before.
 
-    16-bit parameters that are their own master go to `stochastic_`, the op adamw_stochastic_, with `seed`. The groups
-    number their elements through, so that no two share random bits.
+    16-bit parameters that are their own master go to `stochastic_`, the op adamw_stochastic_, with `seed`. Each group
+    has a region of element numbers of its own: no two share random bits, and copies of one are rounded alike.
     """
 
     def __init__(
@@ -56,7 +62,6 @@ class AdamW:
         device = self.groups[0].param.device
         self.exp_avg = [torch.zeros(group.kept, dtype=moments, device=device) for group in self.groups]
         self.exp_avg_sq = [torch.zeros_like(first) for first in self.exp_avg]
-        self.offsets = [0, *accumulate(group.param.numel() for group in self.groups)]
         self.lr = torch.zeros((), device=device)
         self.updates = torch.zeros((), device=device)
 
@@ -68,14 +73,12 @@ class AdamW:
         if lr is not None:
             self.lr.fill_(lr)
         self.updates.add_(1.0 - found_inf)
-        for group, exp_avg, exp_avg_sq, offset in zip(
-            self.groups, self.exp_avg, self.exp_avg_sq, self.offsets, strict=False
-        ):
+        for group, exp_avg, exp_avg_sq in zip(self.groups, self.exp_avg, self.exp_avg_sq, strict=True):
             for start, kept, param, master, grad in group.pieces():
                 update = partial(self.adamw_, param, master)
                 if master.dtype == torch.bfloat16:
                     assert self.stochastic_ is not None, "bf16 weights alone need the op that rounds at random"
-                    update = partial(self.stochastic_, param, seed=self.seed, offset=offset + start)
+                    update = partial(self.stochastic_, param, seed=self.seed, offset=REGION * group.number + start)
                 update(
                     exp_avg[kept],
                     exp_avg_sq[kept],

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megapre.plan.buffers import OWN
 from megapre.plan.flat import BUCKET_ELEMENTS, lay_out
 
 from .comm import Group
@@ -65,12 +66,13 @@ class Share(NamedTuple):
 
     ranks: those that hold it too (or `rows` of it, ranges of its first dimension), each with a part of its gradient,
     so that the sum of theirs is the gradient; None: nobody, or everybody has the whole gradient. counted: whether this
-    rank, of all that hold it, counts it in the norm.
+    rank, of all that hold it, counts it in the norm. holders: who these are, one of megapre.plan.buffers.
     """
 
     ranks: Group | None = None
     counted: bool = True
     rows: tuple[tuple[int, int], ...] = ()
+    holders: int = OWN
 
 
 class Piece(NamedTuple):
@@ -104,6 +106,7 @@ class FlatGroup:
         shards: Group,
     ) -> None:
         self.decays, self.share, self.shards = decays, share, shards
+        self.number = 2 * share.holders + decays  # the same on all ranks that hold these parameters
         cut = lay_out([parameter.numel() for _, parameter in parameters], shards.size, bucket_elements)
         self.slots = {
             name: Slot(name, parameter.shape, start, start + parameter.numel())

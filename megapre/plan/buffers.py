@@ -11,9 +11,9 @@ from ..config import Config, Model
 from .flat import BUCKET_ELEMENTS, lay_out
 from .params import Parameter, layer_parameters, norm_parameters
 
-SHARED_BY_ENDS, SHARED_BY_KV, WHOLE, OWN = range(4)
-"""Who else in the replica has a parameter: the other end of a tied model, ranks with the same key-value head, all of
-the tensor-parallel group, nobody."""
+OWN, SHARED_BY_ENDS, SHARED_BY_KV, WHOLE, COPIED = range(5)
+"""Who else in the replica has a parameter: nobody, the other end of a tied model, ranks with the same key-value head,
+all of the tensor-parallel group, each with a part of its gradient (WHOLE) or with all of it (COPIED)."""
 
 
 class Held(NamedTuple):
@@ -47,8 +47,8 @@ def parameters(model: Model, tp: int, held: Held) -> Iterator[Parameter]:
 
 
 def elements(cfg: Config, held: Held, shards: int) -> tuple[int, int]:
-    """Elements of a rank's flat buffers, of which it is the first tensor-parallel rank: of parameters or gradients
-    whole, and of what each of `shards` ranks keeps, such as moments.
+    """Elements of a rank's flat buffers: of parameters or gradients whole, and of what each of `shards` ranks keeps,
+    such as moments.
     """
     groups: dict[tuple[bool, int], list[int]] = {}
     for parameter in reversed(list(parameters(cfg.model, cfg.layout.tp, held))):
@@ -64,10 +64,9 @@ def _shared(name: str, cfg: Config, held: Held) -> int:
         return SHARED_BY_ENDS
     if name.startswith("attn.qkv.") and layout.tp > model.kv_heads:
         return SHARED_BY_KV
-    cut = name.startswith(CUT)
-    if layout.tp == 1 or cut or not (layout.sequence_parallel or name in OWN_HEADS):
-        return OWN  # what all hold whole, with whole gradients, is the first rank's to count
-    return WHOLE
+    if layout.tp == 1 or name.startswith(CUT):
+        return OWN
+    return WHOLE if layout.sequence_parallel or name in OWN_HEADS else COPIED
 
 
 CUT = ("attn.qkv.", "attn.out.weight", "mlp.up.", "mlp.gate_up.", "mlp.down.weight", "embed.", "head.")

@@ -19,6 +19,7 @@ from megapre.model.recompute import Recompute
 from megapre.model.transformer import Piece, Transformer
 from megapre.parallel.data import NOT_SHARED, FlatParameters, Share
 from megapre.parallel.tensor import TensorGroup
+from megapre.plan import buffers
 from megapre.plan.partition import layers_of_stages
 
 from .fixed import FixedInputs, Inputs
@@ -83,14 +84,17 @@ def share_of(name: str, cfg: Config, groups: Groups) -> Share:
     """Who else in this replica of the model has parameter `name` or part of it, and who counts it."""
     tp, kv, ends = groups.tp, groups.kv, groups.embedding
     if name == "embed.weight" and ends is not None:
-        return Share(ends, ends.index == 0)
+        return Share(ends, ends.index == 0, holders=buffers.SHARED_BY_ENDS)
     if short(name).startswith("attn.qkv.") and kv.size > 1:
         model = local(cfg.model, tp.size)
         rows = model.heads * model.head_dim
-        return Share(kv, kv.index == 0, ((rows, rows + 2 * model.kv_heads * model.head_dim),))
+        shared = ((rows, rows + 2 * model.kv_heads * model.head_dim),)
+        return Share(kv, kv.index == 0, shared, buffers.SHARED_BY_KV)
     if tp.size == 1 or is_cut(name):
         return NOT_SHARED
-    return Share(tp if needs_sum(name, cfg.layout.sequence_parallel) else None, tp.index == 0)
+    if needs_sum(name, cfg.layout.sequence_parallel):
+        return Share(tp, tp.index == 0, holders=buffers.WHOLE)
+    return Share(None, tp.index == 0, holders=buffers.COPIED)
 
 
 def stream_shape(cfg: Config, groups: Groups) -> tuple[int, ...]:

@@ -188,6 +188,23 @@ def test_fp32_losses_are_those_of_one_rank(run_on: RunOn, model: str, layout: st
     compare(found, alone(model, "fp32"), first=1e-6, last=1e-5, gradients=1e-5, weights=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("layout", "model"),
+    [
+        ({"pp": 2}, TWO_HEADS),
+        ({"tp": 2, "sequence_parallel": False}, GPT2),
+        ({"tp": 2, "sequence_parallel": False}, ONE_HEAD),
+        ({"tp": 2, "pp": 2, "dp": 2}, TWO_HEADS),
+    ],
+)
+def test_copies_of_bf16_weights_are_rounded_alike(run_on: RunOn, layout: dict[str, Any], model: str) -> None:
+    """Without a master each update rounds at random: ranks that hold the same parameter must draw the same bits."""
+    cfg = config(model, "bf16", layout)
+    cfg = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"master": "none"})})
+    found = run_on(ranks_of(layout), train, cfg)
+    assembled([{name: (place, part.float()) for name, (place, part) in rank.parameters.items()} for rank in found])
+
+
 def test_a_schedule_from_a_file_runs_as_planned(run_on: RunOn, tmp_path: Path) -> None:
     """A V with a tied model, whose ends therefore share one table."""
     path = str(tmp_path / "mine.txt")
