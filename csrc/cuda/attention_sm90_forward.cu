@@ -156,6 +156,9 @@ __global__ void __launch_bounds__(ForwardTiles<D>::kThreads, 1) attention_forwar
       warpgroup_commit();
     };
 
+    if (Tiles::kTurns && warpgroup == kWarpgroups - 1) {
+      barrier_arrive(1, 2 * kWarpgroup);  // the first turn is the first warpgroup's
+    }
     mbarrier_wait(&barriers.queries, 0);
     {
       float s[kColumns / 2];
@@ -165,9 +168,6 @@ __global__ void __launch_bounds__(ForwardTiles<D>::kThreads, 1) attention_forwar
       barriers.keys.release(0);
       probabilities(s, 0);
       as_operand<T>(p, s);
-    }
-    if (Tiles::kTurns && warpgroup == kWarpgroups - 1) {
-      barrier_arrive(1, 2 * kWarpgroup);
     }
     for (int i = 1; i < count; ++i) {
       float s[kColumns / 2];
