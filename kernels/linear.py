@@ -9,7 +9,8 @@ Floor    products: FLOPs / product rate.
 
 Sums are in fp32. On the CPU the 16-bit products are cut into tiles over oneDNN's micro-kernels (csrc/cpu/linear.cpp),
 whose operands are packed on the way; what torch's own products do not do is to add dW to an fp32 buffer as they make it
-(see gradient_sink.py), to sum db while they transpose dy, and to add b before y is rounded.
+(see gradient_sink.py), to sum db while they transpose dy, and to add b before y is rounded. On CUDA the products are
+torch's, and dW is added to an fp32 buffer by cuBLAS (wide_product.py; not yet run on a GPU).
 
 Measured bf16 T 2048, I 768, O 3072, 2 threads, GFLOP/s: y 431, dx 434, dW added to fp32 425; torch's 431, 432, and 425
          without the addition. O 50304: 433, 439, 431 against 422, 403, 413. A register-only loop: 470.
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 from . import library
 from .gradient_sink import GradientSink, sink_in_backward, sink_of
 from .precision import wide
+from .wide_product import write_product
 
 
 def reference(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,8 +47,11 @@ def reference(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def torch_linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Through F.linear. As `reference`."""
+    """Through F.linear. As `native`."""
     _check(x, weight_OI, bias)
+    x, weight_OI, bias = _as_autocast(x, weight_OI, bias)
+    if _have_sinks(weight_OI, bias):
+        return _IntoSinks.apply(products(torch_linear), x, weight_OI, bias)  # type: ignore[no-any-return]
     return F.linear(x, weight_OI, bias)
 
 
@@ -56,13 +61,21 @@ def native(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
     Gradients of weight and bias go into their sinks, if they have any.
     """
     _check(x, weight_OI, bias)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight_OI = x.to(dtype), weight_OI.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if sink_of(weight_OI) is not None and (bias is None or sink_of(bias) is not None):
-        return _IntoSinks.apply(x, weight_OI, bias)  # type: ignore[no-any-return]
+    x, weight_OI, bias = _as_autocast(x, weight_OI, bias)
+    if _have_sinks(weight_OI, bias):
+        return _IntoSinks.apply(products(native), x, weight_OI, bias)  # type: ignore[no-any-return]
     return torch.ops.megapre.linear(x, weight_OI, bias)  # type: ignore[no-any-return]
+
+
+def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _have_sinks(weight: Tensor, bias: Tensor | None) -> bool:
+    return sink_of(weight) is not None and (bias is None or sink_of(bias) is not None)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -72,23 +85,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear: bias is {tuple(bias.shape)}; weight {tuple(weight.shape)} needs [{weight.shape[0]}]")
-
-
-class _IntoSinks(torch.autograd.Function):
-    """`megapre::linear` whose weight and bias gradients are written where their owner wants them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias = bias  # for its sink, not its values
-        ctx.weight = weight
-        return torch.ops.megapre.linear(x, weight, bias)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        dx = input_gradient(dy, weight) if ctx.needs_input_grad[0] else None
-        return dx, *weight_gradients(dy, x, ctx.weight, ctx.bias)
 
 
 # The three products by themselves, for a layer whose ranks communicate in between.
@@ -106,24 +102,28 @@ def products(linear: Callable[..., Tensor]) -> Products:
     """What `linear`, a row of the registry, is made of. ValueError for another function."""
     if linear is native:
         return Products(product, input_gradient, weight_gradients)
-    if linear is torch_linear or linear is reference:
-        widened = wide if linear is reference else lambda dtype: dtype
-        return Products(linear, partial(_plain_input_gradient, widened), partial(_plain_weight_gradients, widened))
+    if linear is torch_linear:
+        return Products(F.linear, torch.matmul, _torch_weight_gradients)
+    if linear is reference:
+        return Products(reference, _reference_input_gradient, partial(_plain_weight_gradients, wide))
     name = getattr(linear, "__name__", repr(linear))
     raise ValueError(f"linear: {name} has no products of its own; there are those of native, torch and reference")
 
 
-def _plain_input_gradient(widened: Callable[[torch.dtype], torch.dtype], dy: Tensor, weight_OI: Tensor) -> Tensor:
-    dtype = widened(dy.dtype)
-    return (dy.to(dtype) @ weight_OI.to(dtype)).to(dy.dtype)
+class _IntoSinks(torch.autograd.Function):
+    """A linear layer by its products, whose weight and bias gradients are written where their owner wants them."""
 
+    @staticmethod
+    def forward(ctx: Any, by: Products, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.by, ctx.weight, ctx.bias = by, weight, bias  # the parameters for their sinks, not their values
+        return by.product(x, weight, bias)
 
-def _plain_weight_gradients(
-    widened: Callable[[torch.dtype], torch.dtype], dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    dy_TO, x_TI = dy.flatten(0, -2).to(widened(dy.dtype)), x.flatten(0, -2).to(widened(x.dtype))
-    dweight = (dy_TO.T @ x_TI).to(weight.dtype) if weight.requires_grad else None
-    return dweight, dy_TO.sum(0).to(bias.dtype) if bias is not None and bias.requires_grad else None
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = ctx.by.input_gradient(dy, weight) if ctx.needs_input_grad[1] else None
+        return None, dx, *ctx.by.weight_gradients(dy, x, ctx.weight, ctx.bias)
 
 
 def product(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -138,6 +138,10 @@ def input_gradient(dy: Tensor, weight_OI: Tensor) -> Tensor:
     return dx
 
 
+def _reference_input_gradient(dy: Tensor, weight_OI: Tensor) -> Tensor:
+    return (dy.to(wide(dy.dtype)) @ weight_OI.to(wide(dy.dtype))).to(dy.dtype)
+
+
 def weight_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -145,29 +149,52 @@ def weight_gradients(
 
     `weight` and `bias` are the parameters themselves, of which only the sinks matter here.
     """
-    sink = sink_in_backward(weight)
-    if sink is not None and (bias is None or sink_in_backward(bias) is not None):
-        values = x.detach()  # a call for later must not keep the graph that made x, and all that hangs on it
-        sink.when_due(lambda: _into_sinks(dy, values, weight, bias))
+    if _go_into_sinks(torch.ops.megapre.linear_weight_gradient_, dy, x, weight, bias):
         return None, None
     needs = (False, weight.requires_grad, bias is not None and bias.requires_grad)
     _, dweight, dbias = _backward(dy, x, weight, *needs)
     return dweight if needs[1] else None, dbias if needs[2] else None
 
 
-def _into_sinks(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _torch_weight_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    if _go_into_sinks(_weight_gradient_, dy, x, weight, bias):
+        return None, None
+    return _plain_weight_gradients(lambda dtype: dtype, dy, x, weight, bias)
+
+
+def _plain_weight_gradients(
+    widened: Callable[[torch.dtype], torch.dtype], dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    dy_TO, x_TI = dy.flatten(0, -2).to(widened(dy.dtype)), x.flatten(0, -2).to(widened(x.dtype))
+    dweight = (dy_TO.T @ x_TI).to(weight.dtype) if weight.requires_grad else None
+    return dweight, dy_TO.sum(0).to(bias.dtype) if bias is not None and bias.requires_grad else None
+
+
+def _go_into_sinks(write: Callable[..., None], dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the gradients have sinks; `write`, as linear_weight_gradient_, then puts them there when they are due."""
+    sink = sink_in_backward(weight)
+    if sink is None or not (bias is None or sink_in_backward(bias) is not None):
+        return False
+    values = x.detach()  # a call for later must not keep the graph that made x, and all that hangs on it
+    sink.when_due(lambda: _into_sinks(write, dy, values, weight, bias))
+    return True
+
+
+def _into_sinks(write: Callable[..., None], dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     dy_TO, x_TI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     sink: GradientSink = weight.gradient_sink  # type: ignore[attr-defined]
     dweight, accumulate = sink()
     if bias is None:
-        torch.ops.megapre.linear_weight_gradient_(dweight, None, dy_TO, x_TI, accumulate)
+        write(dweight, None, dy_TO, x_TI, accumulate)
         sink.written()
         return
     sink_of_bias: GradientSink = bias.gradient_sink  # type: ignore[attr-defined]
     dbias, accumulate_bias = sink_of_bias()
     assert accumulate_bias == accumulate, "weight and bias of a layer get their gradients together"
     sums = dbias if dbias.dtype == wide(dy.dtype) else dbias.to(wide(dy.dtype))
-    torch.ops.megapre.linear_weight_gradient_(dweight, sums, dy_TO, x_TI, accumulate)
+    write(dweight, sums, dy_TO, x_TI, accumulate)
     dbias.copy_(sums)
     sink.written()
     sink_of_bias.written()
@@ -191,11 +218,7 @@ def _weight_gradient_(dweight: Tensor, dbias: Tensor | None, dy: Tensor, x: Tens
     if dbias is not None:
         total = dy.sum(0, dtype=dbias.dtype)
         dbias.add_(total) if accumulate else dbias.copy_(total)
-    if dweight.dtype == x.dtype:
-        dweight.addmm_(dy.T, x) if accumulate else torch.mm(dy.T, x, out=dweight)
-        return
-    product = torch.mm(dy.T, x, out_dtype=dweight.dtype) if x.device.type == "cuda" else torch.mm(dy.T, x)
-    dweight.add_(product) if accumulate else dweight.copy_(product)
+    write_product(dweight, dy.T, x, accumulate)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,13 +13,14 @@ fp32 accumulator rounded once, no walk over dW is left, and what is kept is no l
 refused by autograd, because the first has used up the logits.
 More chunks: the gradients are made in the forward pass, chunk by chunk, for an upstream gradient of one; the backward
 multiplies by the true one on the device.
+Where W has a gradient sink dW is added to it as the product makes it (loss_into_sink.py): one chunk in the backward;
+more in the forward, if the caller says the upstream gradient beforehand. Not yet run on a GPU.
 """
-
-import functools
 
 import torch
 from torch import Tensor
 
+from ..wide_product import write_product
 from . import cross_entropy
 from .launch import ceil_div
 from .ops import most_rows
@@ -31,30 +32,6 @@ def chunk_rows(rows: int, vocab: int, element_size: int) -> int:
     if rows <= most:
         return rows
     return min(ceil_div(ceil_div(rows, ceil_div(rows, most)), 128) * 128, rows)
-
-
-@functools.cache
-def _adds_in_fp32(device: torch.device) -> bool:
-    """Whether torch adds a product of 16-bit matrices to an fp32 one in place here (since about 2.9): tried once."""
-    try:
-        total = torch.ones(16, 16, dtype=torch.float32, device=device)
-        ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
-        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return True
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b with total in fp32, in one product where torch can."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif a.device.type == "cuda" and _adds_in_fp32(a.device):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    elif a.device.type == "cuda":
-        total += torch.mm(a, b, out_dtype=torch.float32)
-    else:
-        total += a.float() @ b.float()
 
 
 def forward_one_chunk(x: Tensor, weight: Tensor, labels: Tensor, *settings: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,11 +56,18 @@ def backward_one_chunk(
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dweight), empty where not needed. The logits become their gradient."""
-    cross_entropy.gradient(dloss, logits, labels, lse, ignore_index, label_smoothing, z_loss, vocab, in_place=True)
-    torch.autograd.graph.increment_version(logits)
+    turn_into_gradient(dloss, logits, lse, labels, (ignore_index, label_smoothing, z_loss, vocab))
     dx = torch.mm(logits, weight) if need_dx else x.new_empty(0)
     dweight = torch.mm(logits.T, x) if need_dweight else x.new_empty(0)
     return dx, dweight
+
+
+def turn_into_gradient(
+    dloss: Tensor, logits: Tensor, lse: Tensor, labels: Tensor, settings: tuple[int, float, float, int]
+) -> None:
+    """The logits that `forward_one_chunk` kept become their gradient, times `dloss`."""
+    cross_entropy.gradient(dloss, logits, labels, lse, *settings, in_place=True)
+    torch.autograd.graph.increment_version(logits)
 
 
 def forward_chunks(
@@ -99,25 +83,42 @@ def forward_chunks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dx, dweight in fp32) for an upstream gradient of one; the last two empty where not needed."""
     settings = (ignore_index, label_smoothing, z_loss, vocab)
-    loss = torch.zeros((), dtype=torch.float32, device=x.device)
     dx = x.new_empty(x.shape if need_dx else 0)
-    dweight = x.new_empty(0, dtype=torch.float32)
-    if need_dweight:
-        dweight = x.new_zeros(weight.shape, dtype=torch.float32)
+    dweight = x.new_empty(weight.shape if need_dweight else 0, dtype=torch.float32)
+    into = dx if need_dx else None, dweight if need_dweight else None
+    return in_chunks(x, weight, labels, settings, None, *into, accumulate=False), dx, dweight
+
+
+def in_chunks(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    settings: tuple[int, float, float, int],
+    upstream: Tensor | None,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    accumulate: bool,
+) -> Tensor:
+    """The loss; writes dx and dweight (adds to it where `accumulate`), if given. `upstream` None means one."""
+    loss = torch.zeros((), dtype=torch.float32, device=x.device)
     rows = chunk_rows(x.shape[0], weight.shape[0], x.element_size())
+    if rows == 0 and dweight is not None and not accumulate:
+        dweight.zero_()
     logits = x.new_empty(rows, weight.shape[0])
+    scale = None if upstream is None else upstream.float().expand(rows).contiguous()
     for start in range(0, x.shape[0], max(rows, 1)):
-        part = x[start : start + rows]
+        part, targets = x[start : start + rows], labels[start : start + rows]
         here = torch.mm(part, weight.T, out=logits[: part.shape[0]])
-        if not (need_dx or need_dweight):
-            loss += cross_entropy.forward(here, labels[start : start + rows], *settings)[0].sum()
+        if dx is None and dweight is None:
+            loss += cross_entropy.forward(here, targets, *settings)[0].sum()
             continue
-        loss += cross_entropy.forward_in_place(here, labels[start : start + rows], None, *settings).sum()
-        if need_dx:
+        dlosses = None if scale is None else scale[: part.shape[0]]
+        loss += cross_entropy.forward_in_place(here, targets, dlosses, *settings).sum()
+        if dx is not None:
             torch.mm(here, weight, out=dx[start : start + rows])
-        if need_dweight:
-            add_product(dweight, here.T, part)
-    return loss, dx, dweight
+        if dweight is not None:
+            write_product(dweight, here.T, part, accumulate or start > 0)
+    return loss
 
 
 def scale_chunks(dloss: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megapre.kernels.linear import Products, native, products
+from megapre.kernels.linear import Products, products
 
 from .comm import all_gather, reduce_scatter
 
@@ -91,8 +91,7 @@ class _Linear(nn.Linear):
     ) -> None:
         super().__init__(ins, outs, bias, **like)
         self.ops, self.tensor = ops, tensor
-        # Where nobody chose, the products that write into sinks: they run everywhere.
-        self.products = products(native if ops.origins["linear"] == "preference" else ops.linear)
+        self.products = products(ops.linear)
 
     def reset_parameters(self) -> None:
         pass

@@ -7,10 +7,14 @@ from torch import Tensor
 
 
 class Sink:
-    """A buffer, NaN before it is written, with how often it was asked for and how often written."""
+    """A buffer, NaN before it is written, with how often it was asked for and how often written.
+
+    Where `postponed` is a list, weight gradients that can be made later are appended to it.
+    """
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        self.total = torch.full(like.shape, torch.nan, dtype=dtype)
+        self.postponed: list[Callable[[], None]] | None = None
+        self.total = torch.full(like.shape, torch.nan, dtype=dtype, device=like.device)
         self.calls = self.done = 0
 
     def __call__(self) -> tuple[Tensor, bool]:
@@ -22,4 +26,7 @@ class Sink:
         self.done += 1
 
     def when_due(self, write: Callable[[], None]) -> None:
-        write()
+        if self.postponed is None:
+            write()
+        else:
+            self.postponed.append(write)

@@ -1,5 +1,7 @@
 """The linear layer against torch's own, by the 2x rule; gradients into sinks; autocast."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -52,9 +54,9 @@ def test_autocast(device: str, implementation: str) -> None:
 
 
 def parameter(
-    seed: int, *shape: int, dtype: torch.dtype, sink_dtype: torch.dtype = torch.float32
+    seed: int, *shape: int, dtype: torch.dtype, sink_dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> torch.nn.Parameter:
-    made = torch.nn.Parameter(drawn(seed, *shape, dtype=dtype, device="cpu"))
+    made = torch.nn.Parameter(drawn(seed, *shape, dtype=dtype, device=device))
     made.gradient_sink = Sink(made, sink_dtype)  # type: ignore[attr-defined]
     return made
 
@@ -63,28 +65,38 @@ def parameter(
     ("dtype", "sums_in"),
     [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)],
 )
-def test_gradients_land_in_sinks(dtype: torch.dtype, sums_in: torch.dtype) -> None:
-    op = kernels.choose("cpu", {OP: "native"}).linear
-    weight, bias = (parameter(1, *shape, dtype=dtype, sink_dtype=sums_in) for shape in ((5, 6), (5,)))
-    expected, sums = torch.zeros(5, 6), torch.zeros(5)
+@pytest.mark.parametrize("postponed", [False, True])
+def test_gradients_land_in_sinks(
+    device: str, implementation: str, dtype: torch.dtype, sums_in: torch.dtype, postponed: bool
+) -> None:
+    if implementation == "reference":
+        pytest.skip("the reference knows nothing of sinks")
+    op = kernels.choose(device, {OP: implementation}).linear
+    weight, bias = (parameter(1, *shape, dtype=dtype, sink_dtype=sums_in, device=device) for shape in ((5, 6), (5,)))
+    later: list[Callable[[], None]] = []
+    weight.gradient_sink.postponed = later if postponed else None
+    expected, sums = torch.zeros(5, 6, device=device), torch.zeros(5, device=device)
     for step in range(3):
-        x = drawn(10 + step, 2, 4, 6, dtype=dtype, device="cpu").requires_grad_()
-        dy = drawn(20 + step, 2, 4, 5, dtype=dtype, device="cpu")
+        x = drawn(10 + step, 2, 4, 6, dtype=dtype, device=device).requires_grad_()
+        dy = drawn(20 + step, 2, 4, 5, dtype=dtype, device=device)
         op(x, weight, bias).backward(dy)
         rows = dy.reshape(-1, 5).float()
         expected += rows.T @ x.detach().reshape(-1, 6).float()
         sums += rows.sum(0)
         torch.testing.assert_close(x.grad, (dy @ weight).detach())
+    assert len(later) == (3 if postponed else 0)
+    for write in later:
+        write()
     assert weight.grad is None and bias.grad is None
     for sink, exact in ((weight.gradient_sink, expected), (bias.gradient_sink, sums)):
         ulps = 3 * torch.finfo(sums_in).eps * exact.abs().max().item()  # a rounding for each of three additions
         torch.testing.assert_close(sink.total.float(), exact, atol=ulps, rtol=0)
 
 
-def test_a_sink_is_not_asked_where_no_gradient_is_wanted() -> None:
-    op = kernels.choose("cpu", {OP: "native"}).linear
-    weight = parameter(1, 5, 6, dtype=torch.float32)
-    x = torch.ones(2, 6, requires_grad=True)
+def test_a_sink_is_not_asked_where_no_gradient_is_wanted(device: str, implementation: str) -> None:
+    op = kernels.choose(device, {OP: implementation}).linear
+    weight = parameter(1, 5, 6, dtype=torch.float32, device=device)
+    x = torch.ones(2, 6, requires_grad=True, device=device)
     with torch.no_grad():
         op(x, weight)
     weight.requires_grad_(False)
