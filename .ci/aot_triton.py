@@ -36,6 +36,7 @@ from triton.runtime.jit import JITFunction
 from megapre.kernels.triton import (
     activation,
     adamw,
+    adamw_stochastic,
     attention,
     attention_backward,
     cross_entropy,
@@ -43,6 +44,7 @@ from megapre.kernels.triton import (
     linear_cross_entropy,
     norm,
     rope,
+    vocab_parallel,
 )
 
 TABLE = Path(__file__).parent.parent / "tests" / "triton" / "aot_table.json"
@@ -72,8 +74,8 @@ def cross_entropies(vocab: int) -> None:
         losses, lse = cross_entropy.forward(logits, labels, *settings)
         cross_entropy.forward_in_place(logits, labels, losses, *settings)
         cross_entropy.gradient(losses, logits, labels, lse, *settings)
-        part = cross_entropy.statistics(logits, labels, vocab, vocab, smoothing)
-        cross_entropy.merge(torch.stack([part, part]), labels, -100, smoothing, 0.0, 2 * vocab)
+        part = vocab_parallel.local(logits, labels, vocab, 2 * vocab, -100, smoothing != 0)
+        vocab_parallel.merge(torch.stack([part, part]), labels, 2 * vocab, -100, smoothing, 0.0)
 
 
 def linear_cross_entropies() -> None:
@@ -101,10 +103,13 @@ def activations(width: int) -> None:
 
 
 def optimizers() -> None:
-    state, scalar = empty(1 << 26, dtype=torch.float32), empty(dtype=torch.float32)
+    state = empty(1 << 26, dtype=torch.float32)
+    scalars, numbers = [empty(dtype=torch.float32)] * 4, (0.9, 0.95, 1e-8, 0.1)
     for param, grad in ((empty(1 << 26), empty(1 << 26)), (empty(1 << 26), state), (state, state)):
-        adamw.step_(param, state, state, state, grad, scalar, scalar, 0.9, 0.95, 1e-8, 0.1, scalar, scalar)
+        adamw.step_(param, state, state, state, grad, *scalars, *numbers)
         grad_norm.norm([grad])
+    for moments in (state, empty(1 << 26)):
+        adamw_stochastic.step_(empty(1 << 26), moments, moments, empty(1 << 26), *scalars, *numbers, 1 << 40, 0)
 
 
 def attentions(head_dim: int, dtype: torch.dtype) -> None:

@@ -166,6 +166,13 @@ IMPLEMENTATIONS = (
     Implementation("linear_cross_entropy", "triton", triton.linear_cross_entropy, triton.why_not),
     Implementation("linear_cross_entropy", "chunked", linear_cross_entropy.chunked),
     Implementation("linear_cross_entropy", "reference", linear_cross_entropy.reference),
+    Implementation(
+        "vocab_parallel_linear_cross_entropy",
+        "triton",
+        triton.vocab_parallel_linear_cross_entropy,
+        triton.why_not,
+        note=NOT_RUN,
+    ),
     Implementation("vocab_parallel_linear_cross_entropy", "chunked", vocab_parallel_linear_cross_entropy.chunked),
     Implementation("vocab_parallel_linear_cross_entropy", "reference", vocab_parallel_linear_cross_entropy.reference),
     Implementation("attention", "native", attention.native, _needs_native("attention", "attention_backward_")),
@@ -217,6 +224,7 @@ IMPLEMENTATIONS = (
     Implementation("adamw_", "cuda", adamw.native, _needs_cuda("adamw_"), note=NOT_RUN),
     Implementation("adamw_", "reference", adamw.reference),
     Implementation("adamw_stochastic_", "native", adamw.stochastic_native, _needs_native("adamw_stochastic_")),
+    Implementation("adamw_stochastic_", "triton", triton.adamw_stochastic_, triton.why_not, note=NOT_RUN),
     Implementation(
         "adamw_stochastic_", "cuda", adamw.stochastic_native, _needs_cuda("adamw_stochastic_"), note=NOT_RUN
     ),

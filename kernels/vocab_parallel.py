@@ -65,12 +65,7 @@ def merge(
 
     ValueError when the statistics do not fit the labels, or lack the fourth number that label smoothing needs.
     """
-    wanted = 4 if label_smoothing else 3
-    if stats_RTK.dim() != 3 or stats_RTK.shape[0] < 1 or stats_RTK.shape[1:] != (labels_T.shape[0], wanted):
-        raise ValueError(
-            f"vocab_parallel.merge: stats are {tuple(stats_RTK.shape)}; [ranks, {labels_T.shape[0]}, {wanted}] is "
-            f"needed for {labels_T.shape[0]} labels and label_smoothing {label_smoothing}"
-        )
+    check_merge(stats_RTK, labels_T, label_smoothing)
     top_RT, sum_RT, at_label_RT = stats_RTK.unbind(-1)[:3]
     top = top_RT.amax(0)
     # Where all is -inf the difference would be NaN.
@@ -85,6 +80,16 @@ def merge(
         losses = losses + z_loss * lse.square()
     valid = labels_T != ignore_index
     return losses.where(valid, 0.0), lse.where(valid, 0.0)
+
+
+def check_merge(stats_RTK: Tensor, labels_T: Tensor, label_smoothing: float) -> None:
+    """ValueError as `merge`."""
+    wanted = 4 if label_smoothing else 3
+    if stats_RTK.dim() != 3 or stats_RTK.shape[0] < 1 or stats_RTK.shape[1:] != (labels_T.shape[0], wanted):
+        raise ValueError(
+            f"vocab_parallel.merge: stats are {tuple(stats_RTK.shape)}; [ranks, {labels_T.shape[0]}, {wanted}] is "
+            f"needed for {labels_T.shape[0]} labels and label_smoothing {label_smoothing}"
+        )
 
 
 def gradient_(
@@ -115,7 +120,7 @@ def local_reference(
     logits: Tensor, labels: Tensor, vocab_start: int, vocab: int, ignore_index: int, label_smoothing: bool
 ) -> Tensor:
     """Plain torch, the definition of correct."""
-    columns = _columns(logits, vocab_start, vocab)
+    columns = columns_here(logits, vocab_start, vocab)
     check_labels(labels, ignore_index, vocab)
     x = logits[:, :columns].to(wide(logits.dtype))
     top = x.amax(-1) if columns else x.new_full(labels.shape, -torch.inf)
@@ -138,7 +143,7 @@ def gradient_reference_(
     z_loss: float,
 ) -> None:
     """Plain torch, the definition of correct."""
-    columns = _columns(logits, vocab_start, vocab)
+    columns = columns_here(logits, vocab_start, vocab)
     check_labels(labels, ignore_index, vocab)
     gradient = torch.sub(logits[:, :columns], lse.unsqueeze(1)).exp() * (1.0 + 2.0 * z_loss * lse).unsqueeze(1)
     gradient = gradient - label_smoothing / vocab
@@ -152,8 +157,8 @@ def gradient_reference_(
     logits[:, columns:] = 0
 
 
-def _columns(logits: Tensor, vocab_start: int, vocab: int) -> int:
-    """How many columns of the shard exist."""
+def columns_here(logits: Tensor, vocab_start: int, vocab: int) -> int:
+    """How many columns of the shard exist. ValueError as `local`."""
     if vocab_start < 0 or vocab < 1:
         raise ValueError(
             f"vocab_parallel: a shard from column {vocab_start} on of {vocab} columns; vocab_start >= 0 and vocab >= 1 "

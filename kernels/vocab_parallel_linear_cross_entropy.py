@@ -62,9 +62,21 @@ called twice for each chunk of rows, once where there is only one row, in the sa
 """
 
 
+class Halves(NamedTuple):
+    """The functions of vocab_parallel.py, or others with their arguments and results."""
+
+    local: Callable[..., Tensor]
+    merge: Callable[..., tuple[Tensor, Tensor]]
+    gradient_: Callable[..., object]
+
+
+REGISTERED = Halves(vocab_parallel.local, vocab_parallel.merge, vocab_parallel.gradient_)
+
+
 class _Shard(NamedTuple):
     """What the cross-entropy of a chunk depends on beside its logits and labels."""
 
+    halves: Halves
     gather: Gather
     vocab_start: int
     vocab: int
@@ -94,7 +106,7 @@ def reference(
     label smoothing) or R shards hold less than `vocab` rows, or (on the CPU) when a label is outside [0, vocab).
     """
     _check(x_TH, weight_VH, labels_T, vocab_start, vocab)
-    shard = _Shard(gather, vocab_start, vocab, ignore_index, label_smoothing, z_loss)
+    shard = _Shard(REGISTERED, gather, vocab_start, vocab, ignore_index, label_smoothing, z_loss)
     with torch.autocast(x_TH.device.type, enabled=False):
         logits = x_TH.to(wide(x_TH.dtype)) @ weight_VH.to(wide(x_TH.dtype)).T
         losses: Tensor = _ReferenceLosses.apply(logits, labels_T, shard)
@@ -113,14 +125,16 @@ def chunked(
     z_loss: float = 0.0,
     upstream: Tensor | None = None,
     return_losses: bool = False,
+    halves: Halves = REGISTERED,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A chunk of logits at a time, rounded to the dtype of x. As `reference`.
 
     The weight is taken in the dtype of x (autocast). Gradients are computed only for inputs that require them. Where
     `upstream` is given and the weight has a sink (gradient_sink.py), dW goes straight into it, during the forward.
+    `halves` are what the cross-entropy of a chunk is made of.
     """
     _check(x_TH, weight_VH, labels_T, vocab_start, vocab)
-    shard = _Shard(gather, vocab_start, vocab, ignore_index, label_smoothing, z_loss)
+    shard = _Shard(halves, gather, vocab_start, vocab, ignore_index, label_smoothing, z_loss)
     weight, needs = weight_VH.to(x_TH.dtype), torch.is_grad_enabled()
     promised = upstream is not None and weight is weight_VH and sink_of(weight) is not None
     loss, losses = _Chunked.apply(
@@ -162,26 +176,26 @@ def _of_shard(shard: _Shard, logits: Tensor, labels: Tensor, dlosses: Tensor | N
     rows = max(-(-len(logits) // 2), 1)
     parts = [slice(start, start + rows) for start in range(0, len(logits), rows)]
     columns, smoothing = (shard.vocab_start, shard.vocab, shard.ignore_index), shard.label_smoothing
-    pending = [shard.gather(vocab_parallel.local(logits[part], labels[part], *columns, smoothing)) for part in parts]
+    pending = [shard.gather(shard.halves.local(logits[part], labels[part], *columns, smoothing)) for part in parts]
     found = []
     for part, stats in zip(parts, pending, strict=True):
         losses, lse = _merge(shard, stats, labels[part], logits.shape[1])
         found.append(losses)
         if gradient:
             weights = None if dlosses is None else dlosses[part]
-            vocab_parallel.gradient_(logits[part], labels[part], lse, weights, *columns, smoothing, shard.z_loss)
+            shard.halves.gradient_(logits[part], labels[part], lse, weights, *columns, smoothing, shard.z_loss)
     return torch.cat(found)
 
 
 def _merge(shard: _Shard, pending: Tensor | Pending, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    _, _, vocab, ignore_index, label_smoothing, z_loss = shard
+    halves, _, _, vocab, ignore_index, label_smoothing, z_loss = shard
     stats_RTK = pending if isinstance(pending, Tensor) else pending.wait()
     if stats_RTK.shape[0] * rows < vocab:
         raise ValueError(
             f"vocab_parallel_linear_cross_entropy: gather brings the statistics of {stats_RTK.shape[0]} shards; with "
             f"{rows} rows each they hold less than the vocabulary of {vocab}"
         )
-    return vocab_parallel.merge(stats_RTK, labels, vocab, ignore_index, label_smoothing, z_loss)
+    return halves.merge(stats_RTK, labels, vocab, ignore_index, label_smoothing, z_loss)
 
 
 class _Chunked(torch.autograd.Function):
@@ -243,5 +257,5 @@ class _ReferenceLosses(torch.autograd.Function):
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor, None, None]:
         logits, labels, lse = ctx.saved_tensors
         dlogits = logits.clone()
-        vocab_parallel.gradient_reference_(dlogits, labels, lse, dlosses, *ctx.shard[1:])
+        vocab_parallel.gradient_reference_(dlogits, labels, lse, dlosses, *ctx.shard[2:])
         return dlogits, None, None

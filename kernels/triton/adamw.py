@@ -26,7 +26,7 @@ from .launch import ceil_div, multiprocessors
 
 
 @triton.jit
-def _one_minus_exp(y):
+def one_minus_exp(y):
     """1 - exp(y) for y <= 0 in fp32, to a few units in the last place: a series where the subtraction would cancel."""
     series = 1.0 + y / 8.0
     series = 1.0 + y / 7.0 * series
@@ -46,12 +46,12 @@ def adamw_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(tl.cast(count, tl.int64), BLOCK)  # count + BLOCK - 1 may pass 2^31
     if GUARDED:
-        blocks = tl.where(tl.load(found_inf_at) > 0, 0, blocks)
+        blocks = tl.where(tl.load(found_inf_at) != 0, 0, blocks)
     lr = tl.load(lr_at).to(tl.float32)
     step = tl.load(step_at).to(tl.float32)
     decay = 1.0 - lr * weight_decay
-    rate = lr / _one_minus_exp(step * log_beta1)
-    correction2 = _one_minus_exp(step * log_beta2)
+    rate = lr / one_minus_exp(step * log_beta1)
+    correction2 = one_minus_exp(step * log_beta2)
     if SCALED:
         scale = tl.load(scale_at).to(tl.float32)
     lane = tl.arange(0, BLOCK)

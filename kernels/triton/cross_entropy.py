@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Cross-entropy of rows of logits, in place or not, whole or with the vocabulary cut over ranks.
+"""Cross-entropy of rows of logits, in place or not.
 
     lse = max + log(sum exp(x - max));  loss = lse - (1 - s) x_label - s mean(x) + z lse^2
     dloss/dx_j = softmax_j (1 + 2 z lse) - (1 - s) [j == label] - s / vocab               (terms:
@@ -17,8 +17,7 @@ Max and sum are kept per vector of one 16-byte load, inside a thread: no exchang
 row, and 9 exponentials per 8 elements. The next block is loaded before the present one is worked on. Row offsets are
 64-bit. A label outside [0, vocab) that is not ignore_index gives a NaN loss and a NaN gradient row, and reads nothing.
 
-Vocabulary cut over ranks: `statistics` of the local columns gives 3 (4 with smoothing) numbers a row; one all-gather of
-them; `merge` gives losses and lse, the same on all ranks; `gradient` turns the local logits into their gradient.
+Logits whose columns lie in shards: vocab_parallel.py, which calls the walks over a row.
 """
 
 import torch
@@ -26,14 +25,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div
-
 LOG2E = tl.constexpr(1.4426950408889634)
 NEG_INF = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def _row_statistics(row, columns, vocab, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+def row_statistics(row, columns, vocab, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
     """(max, sum of exp(x - max), sum of x) over the columns below vocab. Needs vocab >= 1."""
     lane = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     top = tl.full([BLOCK // VECTOR], NEG_INF, tl.float32)
@@ -87,7 +84,7 @@ def _row_zero(out, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _loss(highest, log_total, target_logit, plain, vocab, smoothing, z_loss, SMOOTHING: tl.constexpr):
+def loss_of(highest, log_total, target_logit, plain, vocab, smoothing, z_loss, SMOOTHING: tl.constexpr):
     """From max and log(sum exp(x - max)) apart: their sum has lost the digits of the second where logits are large."""
     lse = highest + log_total
     loss = log_total + (highest - target_logit) + z_loss * lse * lse
@@ -116,10 +113,10 @@ def losses_kernel(
         scale = 1.0
         if SCALED:
             scale = tl.load(dlosses + index).to(tl.float32)
-        highest, total, plain = _row_statistics(row, columns, vocab, SMOOTHING, BLOCK, VECTOR)
+        highest, total, plain = row_statistics(row, columns, vocab, SMOOTHING, BLOCK, VECTOR)
         log_total = tl.log(total)
         lse = highest + log_total
-        tl.store(losses + index, _loss(highest, log_total, target_logit, plain, vocab, smoothing, z_loss, SMOOTHING))
+        tl.store(losses + index, loss_of(highest, log_total, target_logit, plain, vocab, smoothing, z_loss, SMOOTHING))
         if IN_PLACE:
             scale = tl.where(good, scale, float("nan"))
             tl.debug_barrier()  # all have read the row, and the target's logit, before any of it is written
@@ -128,54 +125,6 @@ def losses_kernel(
             )
         else:
             tl.store(lses + index, lse)
-
-
-@triton.jit
-def statistics_kernel(
-    logits, labels, statistics, rows, columns, vocab, stride, first,
-    SMOOTHING: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64)
-    row = logits + index * stride
-    label = tl.load(labels + index) - first
-    target_logit = tl.load(row + label, mask=(label >= 0) & (label < vocab), other=0.0).to(tl.float32)
-    highest, total, plain = _row_statistics(row, columns, vocab, SMOOTHING, BLOCK, VECTOR)
-    tl.store(statistics + index, highest)
-    tl.store(statistics + rows + index, total)
-    tl.store(statistics + 2 * rows + index, target_logit)
-    if SMOOTHING:
-        tl.store(statistics + 3 * rows + index, plain)
-
-
-@triton.jit
-def merge_kernel(
-    statistics, labels, losses, lses, ranks, rows, vocab, ignore_index, smoothing, z_loss,
-    SMOOTHING: tl.constexpr, NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < rows
-    label = tl.load(labels + index, mask=inside, other=0)
-    highest = tl.full([BLOCK], NEG_INF, tl.float32)
-    for rank in range(0, ranks):
-        part = statistics + rank * NUMBERS * rows + index
-        highest = tl.maximum(highest, tl.load(part, mask=inside, other=0.0))
-    total = tl.zeros([BLOCK], tl.float32)
-    target_logit = tl.zeros([BLOCK], tl.float32)
-    plain = tl.zeros([BLOCK], tl.float32)
-    for rank in range(0, ranks):
-        part = statistics + rank * NUMBERS * rows + index
-        shift = tl.load(part, mask=inside, other=0.0) - highest
-        total += tl.load(part + rows, mask=inside, other=1.0) * tl.exp2(shift * LOG2E)
-        target_logit += tl.load(part + 2 * rows, mask=inside, other=0.0)
-        if SMOOTHING:
-            plain += tl.load(part + 3 * rows, mask=inside, other=0.0)
-    log_total = tl.log(total)
-    lse = highest + log_total
-    loss = _loss(highest, log_total, target_logit, plain, vocab, smoothing, z_loss, SMOOTHING)
-    bad = (label < 0) | (label >= vocab)
-    loss = tl.where(bad, float("nan"), loss)
-    tl.store(losses + index, tl.where(label == ignore_index, 0.0, loss), mask=inside)
-    tl.store(lses + index, lse, mask=inside)
 
 
 @triton.jit
@@ -208,12 +157,14 @@ def policy(columns: int, element_size: int) -> tuple[int, int, int]:
     return warps * 512, 16 // element_size, warps
 
 
-def _options(logits: Tensor, smoothing: float) -> dict[str, int | bool]:
+def options(logits: Tensor, smoothing: float) -> dict[str, int | bool]:
+    """What the kernels that walk over rows are compiled for."""
     block, vector, warps = policy(logits.shape[1], logits.element_size())
     return {"SMOOTHING": smoothing != 0.0, "BLOCK": block, "VECTOR": vector, "num_warps": warps}
 
 
-def _rows(logits: Tensor) -> Tensor:
+def rows_of(logits: Tensor) -> Tensor:
+    """The logits with the elements of a row next to each other."""
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
@@ -221,13 +172,13 @@ def forward(
     logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, vocab: int
 ) -> tuple[Tensor, Tensor]:
     """(losses, lse) [T] fp32, both 0 where ignored; the logits are read once."""
-    logits = _rows(logits)
+    logits = rows_of(logits)
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     lses = torch.empty_like(losses)
     if losses.numel():
         losses_kernel[(losses.numel(),)](
             logits, labels.contiguous(), losses, losses, lses, logits.shape[1], vocab, logits.stride(0), ignore_index,
-            label_smoothing, z_loss, IN_PLACE=False, SCALED=False, **_options(logits, label_smoothing),
+            label_smoothing, z_loss, IN_PLACE=False, SCALED=False, **options(logits, label_smoothing),
         )  # fmt: skip
     return losses, lses
 
@@ -252,7 +203,7 @@ def forward_in_place(
         losses_kernel[(losses.numel(),)](
             logits, labels.contiguous(), losses if dlosses is None else dlosses.contiguous(), losses, losses,
             logits.shape[1], vocab, logits.stride(0), ignore_index, label_smoothing, z_loss,
-            IN_PLACE=True, SCALED=dlosses is not None, **_options(logits, label_smoothing),
+            IN_PLACE=True, SCALED=dlosses is not None, **options(logits, label_smoothing),
         )  # fmt: skip
     return losses
 
@@ -276,46 +227,13 @@ def gradient(
     With the vocabulary cut over ranks, column 0 is token `first`, `vocab` counts the local columns that exist and
     `whole_vocab` those of all ranks.
     """
-    logits = logits if in_place else _rows(logits)
+    logits = logits if in_place else rows_of(logits)
     out = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.numel():
         dlosses = dlosses if dlosses.dim() == 0 else dlosses.contiguous()
         gradient_kernel[(logits.shape[0],)](
             dlosses, logits, labels.contiguous(), lse, out, logits.shape[1], vocab,
             vocab if whole_vocab is None else whole_vocab, logits.stride(0), out.stride(0), min(dlosses.dim(), 1),
-            first, ignore_index, label_smoothing, z_loss, **_options(logits, label_smoothing),
+            first, ignore_index, label_smoothing, z_loss, **options(logits, label_smoothing),
         )  # fmt: skip
     return out
-
-
-def statistics(logits: Tensor, labels: Tensor, first: int, vocab: int, label_smoothing: float = 0.0) -> Tensor:
-    """Of this rank's columns, token ids `first` .. `first + vocab`: [3, T] fp32 rows of max, sum of exp(x - max), and
-    the label's logit if it is here, else 0; [4, T] with the sum of x when there is label smoothing. One read."""
-    logits = _rows(logits)
-    out = torch.empty(4 if label_smoothing else 3, logits.shape[0], dtype=torch.float32, device=logits.device)
-    if out.numel():
-        statistics_kernel[(logits.shape[0],)](
-            logits, labels.contiguous(), out, logits.shape[0], logits.shape[1], vocab, logits.stride(0), first,
-            **_options(logits, label_smoothing),
-        )  # fmt: skip
-    return out
-
-
-def merge(
-    gathered: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    whole_vocab: int,
-) -> tuple[Tensor, Tensor]:
-    """`statistics` of all ranks, [ranks, 3 or 4, T] -> (losses, lse) [T]. Ranks are added in order."""
-    ranks, numbers, rows = gathered.shape
-    losses = torch.empty(rows, dtype=torch.float32, device=gathered.device)
-    lses = torch.empty_like(losses)
-    if rows:
-        merge_kernel[(ceil_div(rows, 256),)](
-            gathered.contiguous(), labels.contiguous(), losses, lses, ranks, rows, whole_vocab, ignore_index,
-            label_smoothing, z_loss, SMOOTHING=label_smoothing != 0.0, NUMBERS=numbers, BLOCK=256, num_warps=4,
-        )  # fmt: skip
-    return losses, lses

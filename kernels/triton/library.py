@@ -45,12 +45,26 @@ def register() -> torch.library.Library:
 
 
 def late(module: str, function: str) -> Callable[..., Any]:
-    """The function of a kernel's module, which is imported, and Triton with it, by the first call."""
+    """The function of a kernel's module, which is imported, and Triton with it, by the first call.
+
+    Its kernels are launched on the device of the first CUDA tensor among the arguments, in that device's current
+    stream: Triton takes the current device, whatever the pointers are, and torch sets none for ops written in Python.
+    """
 
     def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f".{module}", __package__), function)(*arguments)
+        called = getattr(importlib.import_module(f".{module}", __package__), function)
+        device = next((device for argument in arguments if (device := _cuda_device(argument)) is not None), None)
+        if device is None or device.index == torch.cuda.current_device():
+            return called(*arguments)
+        with torch.cuda.device(device):
+            return called(*arguments)
 
     return call
+
+
+def _cuda_device(argument: object) -> torch.device | None:
+    first = argument[0] if isinstance(argument, list) and argument else argument
+    return first.device if isinstance(first, Tensor) and first.is_cuda else None
 
 
 def _like(x: Tensor) -> Tensor:
@@ -267,6 +281,27 @@ _OPS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
         lambda dlosses, logits, *_: _like(logits),
     ),
     (
+        "cross_entropy_local(Tensor logits, Tensor labels, int vocab_start, int vocab, int ignore_index, "
+        "bool label_smoothing) -> Tensor stats",
+        "vocab_parallel",
+        "local",
+        lambda logits, *rest: logits.new_empty(logits.shape[0], 4 if rest[-1] else 3, dtype=torch.float32),
+    ),
+    (
+        "cross_entropy_merge(Tensor stats, Tensor labels, int vocab, int ignore_index, float label_smoothing, "
+        "float z_loss) -> (Tensor losses, Tensor lse)",
+        "vocab_parallel",
+        "merge",
+        lambda stats, *_: (stats.new_empty(stats.shape[1]), stats.new_empty(stats.shape[1])),
+    ),
+    (
+        "cross_entropy_local_backward_(Tensor(a!) logits, Tensor labels, Tensor lse, Tensor? dlosses, "
+        "int vocab_start, int vocab, int ignore_index, float label_smoothing, float z_loss) -> ()",
+        "vocab_parallel",
+        "gradient_",
+        lambda *_: None,
+    ),
+    (
         f"linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, {_TERMS}, bool need_dx, bool need_dweight) "
         "-> (Tensor loss, Tensor dx, Tensor dweight)",
         "linear_cross_entropy",
@@ -315,6 +350,13 @@ _OPS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
         "adamw_(Tensor(a!)? param, Tensor(b!) master, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor grad, "
         f"{UPDATE}) -> ()",
         "adamw",
+        "step_",
+        lambda *_: None,
+    ),
+    (
+        "adamw_stochastic_(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, "
+        f"{UPDATE}, int seed, int offset) -> ()",
+        "adamw_stochastic",
         "step_",
         lambda *_: None,
     ),

@@ -14,13 +14,18 @@ from torch import Tensor
 from .. import documents
 from ..adamw import Update
 from ..adamw import _check as check_adamw
+from ..adamw import _check_stochastic as check_adamw_stochastic
 from ..attention import check as check_attention
 from ..attention import sdpa
 from ..cross_entropy import check as check_cross_entropy
+from ..gradient_sink import sink_of
 from ..heads import split as split_heads
 from ..linear_cross_entropy import check_shapes as check_linear_cross_entropy
 from ..rope import InPlace, Turn, in_place
 from ..rope import check as check_rope
+from ..vocab_parallel_linear_cross_entropy import Gather, Halves
+from ..vocab_parallel_linear_cross_entropy import chunked as in_chunks
+from . import loss_into_sink
 from .library import late
 from .library import register as register
 from .library import why_not as why_not
@@ -193,7 +198,11 @@ def linear_cross_entropy(
     vocab: int | None = None,
     upstream: Tensor | None = None,
 ) -> Tensor:
-    """As `kernels.linear_cross_entropy.reference`; weight is taken and logits are rounded in the dtype of x."""
+    """As `kernels.linear_cross_entropy.reference`; weight is taken and logits are rounded in the dtype of x.
+
+    Where the weight has a sink (gradient_sink.py) dW goes straight into it: in the backward where all logits are kept,
+    else during the forward, if `upstream` is given.
+    """
     vocab = check_linear_cross_entropy(x_TH, weight_VH, labels_T, vocab)
     _check_dtype("linear_cross_entropy", x_TH)
     weight = weight_VH.to(x_TH.dtype)
@@ -201,11 +210,52 @@ def linear_cross_entropy(
     grad = torch.is_grad_enabled()
     need_dx, need_dweight = grad and x_TH.requires_grad, grad and weight.requires_grad
     # In fp16 gradients would underflow when the upstream one (one over the tokens) comes in before they are rounded.
-    if (need_dx or need_dweight) and x_TH.dtype != torch.float16 and one_chunk(x_TH, weight):
+    early = x_TH.dtype != torch.float16
+    into_sink = early and weight is weight_VH and sink_of(weight) is not None
+    if into_sink and one_chunk(x_TH, weight):
+        return loss_into_sink.KeptLogits.apply(x_TH, weight, labels_T, settings)  # type: ignore[no-any-return]
+    if into_sink and upstream is not None:
+        return loss_into_sink.Chunks.apply(x_TH, weight, labels_T, upstream, settings)  # type: ignore[no-any-return]
+    if (need_dx or need_dweight) and early and one_chunk(x_TH, weight):
         loss, _, _ = torch.ops.megapre_triton.linear_cross_entropy_kept(x_TH, weight, labels_T, *settings)
         return loss  # type: ignore[no-any-return]
     loss, _, _ = torch.ops.megapre_triton.linear_cross_entropy(x_TH, weight, labels_T, *settings, need_dx, need_dweight)
     return loss  # type: ignore[no-any-return]
+
+
+def vocab_parallel_linear_cross_entropy(
+    x_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    gather: Gather,
+    vocab_start: int,
+    vocab: int,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    upstream: Tensor | None = None,
+    return_losses: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As `kernels.vocab_parallel_linear_cross_entropy.chunked`, but a label outside [0, vocab) gives NaN on CUDA."""
+    _check_dtype("vocab_parallel_linear_cross_entropy", x_TH)
+    shard = (gather, vocab_start, vocab, ignore_index, label_smoothing, z_loss)
+    return in_chunks(x_TH, weight_VH, labels_T, *shard, upstream, return_losses, Halves(_local, _merge, _gradient_))
+
+
+def _local(
+    logits: Tensor, labels: Tensor, vocab_start: int, vocab: int, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    return torch.ops.megapre_triton.cross_entropy_local(  # type: ignore[no-any-return]
+        logits, labels, vocab_start, vocab, ignore_index, label_smoothing != 0
+    )
+
+
+def _merge(stats: Tensor, labels: Tensor, *terms: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.megapre_triton.cross_entropy_merge(stats, labels, *terms)  # type: ignore[no-any-return]
+
+
+def _gradient_(logits: Tensor, labels: Tensor, lse: Tensor, dlosses: Tensor | None, *terms: float) -> None:
+    torch.ops.megapre_triton.cross_entropy_local_backward_(logits, labels, lse, dlosses, *terms)
 
 
 def one_chunk(x: Tensor, weight: Tensor) -> bool:
@@ -270,6 +320,23 @@ def adamw_(
     check_adamw(param, master, exp_avg, exp_avg_sq, grad)
     separate = None if param is master else param  # a schema must not name one tensor twice among what it writes
     torch.ops.megapre_triton.adamw_(separate, master, exp_avg, exp_avg_sq, grad, *Update(**update).arguments())
+
+
+@torch.no_grad()
+def adamw_stochastic_(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    *,
+    seed: int,
+    offset: int = 0,
+    **update: Any,
+) -> None:
+    """As `kernels.adamw.stochastic_reference`, with the same random bits."""
+    check_adamw_stochastic(param, exp_avg, exp_avg_sq, grad, offset)
+    told = Update(**update).arguments()
+    torch.ops.megapre_triton.adamw_stochastic_(param, exp_avg, exp_avg_sq, grad, *told, seed, offset)
 
 
 @torch.no_grad()

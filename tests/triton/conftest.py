@@ -66,8 +66,10 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Any:
     """torch.empty returns NaN: a kernel that leaves an output unwritten fails."""
+    from megapre.kernels import library
     from megapre.kernels.triton import ops
 
+    library.register()
     ops.register()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -3,11 +3,14 @@
 import pytest
 import torch
 from rule import close, run, same, twice
+from sink import Sink
 from torch import Tensor
 
 from megapre.kernels import cross_entropy as plain
 from megapre.kernels import linear_cross_entropy as plain_linear
-from megapre.kernels.triton import cross_entropy, linear_cross_entropy, ops
+from megapre.kernels import vocab_parallel as plain_halves
+from megapre.kernels import vocab_parallel_linear_cross_entropy as plain_sharded
+from megapre.kernels.triton import cross_entropy, linear_cross_entropy, ops, vocab_parallel
 
 SETTINGS = [(-100, 0.0, 0.0), (3, 0.1, 1e-3)]
 
@@ -82,21 +85,68 @@ def test_the_vocabulary_cut_over_ranks(device: str, ignore: int, smoothing: floa
     logits, labels = inputs(7, 300, vocab, torch.bfloat16, device)
     labels = labels.where(labels != -100, ignore)
     parts = [logits[:, at : at + 100].contiguous() for at in (0, 100, 200)]
-    counts = [100, 50, 0]
     gathered = torch.stack(
-        [cross_entropy.statistics(p, labels, 100 * r, counts[r], smoothing) for r, p in enumerate(parts)]
+        [vocab_parallel.local(p, labels, 100 * r, vocab, ignore, smoothing != 0) for r, p in enumerate(parts)]
     )
-    losses, lse = cross_entropy.merge(gathered, labels, ignore, smoothing, z_loss, vocab)
+    own = [plain_halves.local_reference(p, labels, 100 * r, vocab, ignore, smoothing != 0) for r, p in enumerate(parts)]
+    torch.testing.assert_close(gathered, torch.stack(own))
+    losses, lse = vocab_parallel.merge(gathered, labels, vocab, ignore, smoothing, z_loss)
+    torch.testing.assert_close((losses, lse), plain_halves.merge(gathered, labels, vocab, ignore, smoothing, z_loss))
     upstream = torch.randint(-2, 3, (7,), generator=torch.Generator().manual_seed(0)).float().to(device)
-    grads = [
-        cross_entropy.gradient(upstream, p, labels, lse, ignore, smoothing, z_loss, counts[r],
-                               in_place=True, first=100 * r, whole_vocab=vocab)
-        for r, p in enumerate(parts)
-    ]  # fmt: skip
+    for r, p in enumerate(parts):
+        vocab_parallel.gradient_(p, labels, lse, upstream, 100 * r, vocab, ignore, smoothing, z_loss)
     settings = (ignore, smoothing, z_loss, vocab)
     outputs, whole = run(lambda x: ops.cross_entropy(x, labels, *settings), [logits])
     torch.testing.assert_close(losses, outputs[0])
-    torch.testing.assert_close(torch.cat(grads, 1), whole[0])
+    torch.testing.assert_close(torch.cat(parts, 1), whole[0])
+
+
+def test_shards_without_probability(device: str) -> None:
+    """Statistics of -inf in one shard, rows that are ignored, and statistics that do not fit."""
+    stats = torch.tensor([[-torch.inf, 0.0, 0.0], [1.0, 2.0, 0.5]], device=device)
+    labels = torch.tensor([3, 3], device=device)
+    got = vocab_parallel.merge(stats.view(2, 1, 3), labels[:1], 8, -100, 0.0, 0.0)
+    torch.testing.assert_close(got, plain_halves.merge(stats.view(2, 1, 3), labels[:1], 8, -100))
+    nothing = torch.zeros(2, 2, 3, device=device)
+    assert not any(t.any() for t in vocab_parallel.merge(nothing, torch.full_like(labels, -7), 8, -7, 0.0, 1e-3))
+    with pytest.raises(ValueError, match=r"stats are \(2, 2, 3\); \[ranks, 2, 4\] is needed"):
+        vocab_parallel.merge(nothing, labels, 8, -100, 0.1, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.1, 1e-3)])
+def test_linear_cross_entropy_over_shards(
+    device: str, dtype: torch.dtype, smoothing: float, z_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of three ranks in turn, in two chunks, with the others' statistics from the definition."""
+    monkeypatch.setattr(plain_linear, "chunk_rows", lambda count, vocab, most: 12)
+    x, weight, labels = _linear_inputs(device, dtype)
+    shards = weight.chunk(3)
+    terms = (-100, smoothing, z_loss)
+    got, own = [], []
+    for op, found in ((ops.vocab_parallel_linear_cross_entropy, got), (plain_sharded.reference, own)):
+        shares = torch.zeros_like(x, dtype=torch.float32)
+        for rank, shard in enumerate(shards):
+            done = 0
+
+            def gather(stats: Tensor, rank: int = rank) -> Tensor:
+                nonlocal done
+                rows = slice(done, done := done + len(stats))
+                others = [
+                    plain_halves.local_reference(x[rows] @ other.T, labels[rows], 16 * r, 40, -100, smoothing != 0)
+                    for r, other in enumerate(shards)
+                ]
+                torch.testing.assert_close(stats, others[rank].to(stats.dtype), rtol=2e-2, atol=2e-2)
+                return torch.stack([stats if r == rank else other for r, other in enumerate(others)])
+
+            leaves = [t.clone().requires_grad_() for t in (x, shard)]
+            loss, losses = op(*leaves, labels, gather, 16 * rank, 40, *terms, return_losses=True)
+            dx, dweight = torch.autograd.grad(loss / 3, leaves)
+            shares += dx
+            found.extend((loss.detach(), losses, dweight))
+        found.append(shares)
+    slack = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(got, own, rtol=slack, atol=slack, check_dtype=False)
 
 
 def _linear_inputs(device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -127,6 +177,52 @@ def test_linear_cross_entropy(device: str, dtype: torch.dtype, rows: int, monkey
         leaves = [t.detach().clone().requires_grad_(n) for t, n in zip((x, weight), needed, strict=True)]
         (ops.linear_cross_entropy(*leaves, labels, *settings) / 7).backward()
         assert [leaf.grad is not None for leaf in leaves] == list(needed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [100, 8])
+def test_its_weight_gradient_lands_in_the_sink(
+    device: str, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over two micro-batches, without rounding the sum: as if each had been added in fp64."""
+    monkeypatch.setattr(ops, "most_rows", lambda vocab, size: rows)
+    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda count, vocab, size: min(rows, count))
+    x, weight, labels = _linear_inputs(device, dtype)
+    weight = torch.nn.Parameter(weight)
+    sink = weight.gradient_sink = Sink(weight, torch.float32)  # type: ignore[attr-defined]
+    upstream = torch.tensor(1 / 19, device=device)
+    settings = (-100, 0.1, 1e-3, 40)
+    exact = torch.zeros(weight.shape, dtype=torch.float64, device=device)
+    for factor in (1.0, -0.5):
+        here, alone = (x * factor).requires_grad_(), (x * factor).requires_grad_()
+        ops.linear_cross_entropy(here, weight, labels, *settings, upstream=upstream).backward(upstream)
+        ops.linear_cross_entropy(alone, weight.detach(), labels, *settings).backward(upstream)
+        assert here.grad is not None and alone.grad is not None
+        # Chunks round dlogits and dx after the upstream gradient has come in, or before.
+        ulps = 4 * torch.finfo(dtype).eps * alone.grad.abs().max().item()
+        torch.testing.assert_close(here.grad, alone.grad, rtol=0, atol=ulps)
+        wide = weight.detach().double().requires_grad_()
+        plain_linear.reference((x * factor).double(), wide, labels, *settings).backward(upstream.double())
+        assert wide.grad is not None
+        exact += wide.grad
+    assert weight.grad is None and sink.calls == sink.done == 2
+    # Each of 23 dlogits, at most 1 / 19, is rounded to dtype.
+    slack = 23 * torch.finfo(dtype).eps * (1 / 19) * x.abs().max().item()
+    torch.testing.assert_close(sink.total.double(), exact, rtol=0, atol=slack)
+    assert not sink.total[40:].any(), "padding has a gradient"
+
+
+def test_a_promise_is_not_needed_where_logits_are_kept(device: str) -> None:
+    x, weight, labels = _linear_inputs(device, torch.float32)
+    weight = torch.nn.Parameter(weight)
+    sink = weight.gradient_sink = Sink(weight, torch.float32)  # type: ignore[attr-defined]
+    loss = ops.linear_cross_entropy(x, weight, labels, vocab=40)
+    assert sink.calls == 0
+    loss.backward()
+    other = weight.detach().clone().requires_grad_()
+    ops.linear_cross_entropy(x, other, labels, vocab=40).backward()
+    assert sink.done == 1
+    torch.testing.assert_close(sink.total, other.grad)
 
 
 def test_a_second_backward_over_used_up_logits_is_refused(device: str) -> None:

@@ -36,8 +36,16 @@ def cases(device: str) -> dict[str, tuple[object, ...]]:
         "attention": (q, k, randn(1, 5, 1, 16), True, cu_seqlens, 4, 0.25),
         "adamw_": (randn(9, grad=False).bfloat16(), *state(), *scalars, None, None, 0.9, 0.95, 1e-8, 0.1),
         "adamw_ of an fp32 parameter": (None, *state(), *scalars, scalars[1], scalars[0], 0.9, 0.95, 1e-8, 0.1),
+        "adamw_stochastic_": (
+            *(t.bfloat16() for t in state()), *scalars, scalars[1], None, 0.9, 0.95, 1e-8, 0.1, 2**63 - 1, 2**40,
+        ),
+        "cross_entropy_local": (randn(3, 8, grad=False), labels, 4, 9, -100, True),
+        "cross_entropy_merge": (randn(2, 3, 4, grad=False).abs(), labels, 9, -100, 0.1, 1e-3),
+        "cross_entropy_local_backward_": (
+            randn(3, 8, grad=False), labels, randn(3, grad=False), None, 4, 9, -100, 0.1, 1e-3,
+        ),
         "grad_norm": ([randn(9, grad=False), randn(3, 4, grad=False)],),
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*cases("cpu")])
