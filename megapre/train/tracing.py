@@ -37,7 +37,7 @@ def write(recorded: trace.Trace, step: int, engine: Engine, folder: RunFolder, s
         write_picture({name: shown, "simulated with these times": alone}, file.with_suffix(".png"), "s")
     except ImportError:
         screen.say(f"no {file.with_suffix('.png').name}: matplotlib is not installed; pip install 'megapre[observe]'")
-    except OSError as error:
+    except Exception as error:  # a full disk, a font, a cache folder: all ranks would wait for this one
         screen.say(f"the trace of step {step} could not be written: {error}")
         return
     screen.say(f"traced step {step}: bubble {shown.bubble:.1%}, simulated {alone.bubble:.1%}: {file}")

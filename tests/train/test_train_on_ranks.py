@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from megapre.checkpoint.commit import committed
 from megapre.config import Config
 from megapre.errors import UserError
 from megapre.parallel.comm import Place
-from megapre.train import bench, loop
+from megapre.train import bench, loop, tracing
 from megapre.train.folder import read_metrics
 from megapre.train.step import Engine, StepResult
 
@@ -210,6 +211,23 @@ def test_chosen_steps_are_traced(run_on: RunOn, tiny: Tiny, tmp_path: Path) -> N
             ]
     log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
     assert log.count("traced step") == 2 and (traces / "step_00000002.png").read_bytes().startswith(b"\x89PNG")
+
+
+def without_pictures(cfg: Config) -> int:
+    """Trains where nothing can be drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            tracing, "write_picture", create_autospec(tracing.write_picture, side_effect=ValueError("no font"))
+        )
+        return train(cfg)
+
+
+def test_a_trace_that_fails_ends_no_run(run_on: RunOn, tiny: Tiny, tmp_path: Path) -> None:
+    cfg = tiny("layout.dp=2", "batch.micro=1", "run.trace=[1]", "run.steps=3")
+    assert run_on(2, without_pictures, cfg) == [0, 0]
+    log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
+    assert "the trace of step 1 could not be written: no font" in log
+    assert [step for step, *_ in curve(tmp_path / "run")] == [1, 2, 3]
 
 
 def timed(cfg: Config) -> dict[str, Any]:
