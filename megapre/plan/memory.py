@@ -26,6 +26,11 @@ class Memory:
     logits: int
 
     @property
+    def states(self) -> int:
+        """Of the parameters: there from the first step to the last."""
+        return self.weights + self.gradients + self.master + self.moments
+
+    @property
     def total(self) -> int:
         return sum(asdict(self).values())
 

@@ -67,7 +67,7 @@ def _step(cfg: Config, steps: int, warmup: int, here: Place, device: torch.devic
     groups = connected(cfg, here, device, chosen.options)
     dp, ranks = groups.dp, groups.world.handle
     with together(ranks):
-        plan = plan_of(cfg, device, groups.mesh, here.local_world)
+        plan = plan_of(cfg, device, groups.mesh, here)
     engine = Engine(cfg, device, groups)
     marks = []
     with first_alone(ranks):

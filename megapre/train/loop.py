@@ -74,7 +74,7 @@ def _run(cfg: Config, resume: bool, here: Place, device: torch.device) -> int:
             entered.enter_context(folder)
         screen = entered.enter_context(Screen(folder.log, prints=folder.ours))
         with together(ranks):  # machines may differ, and none goes on without the others
-            plan = plan_of(cfg, device, groups.mesh, here.local_world)
+            plan = plan_of(cfg, device, groups.mesh, here)
         before = machine.peak_memory(device)
         engine = Engine(cfg, device, groups)
         saver = Saver(engine, folder, screen)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from megapre import kernels, plan
 from megapre.errors import UserError
 from megapre.optim.scaling import INITIAL
+from megapre.plan.memory import all_ranks
 
 from . import machine
 from .metrics import bytes_text
@@ -16,30 +17,34 @@ if TYPE_CHECKING:
 
     from megapre.config import Config
     from megapre.mesh import Mesh
+    from megapre.parallel.comm import Place
 
 
 class TooLarge(UserError):
-    """The model's weights and optimizer alone exceed the memory of the device."""
+    """The model's weights and optimizer alone exceed the memory of the device, or that ranks share."""
 
 
-def plan_of(cfg: Config, device: torch.device, mesh: Mesh, sharers: int = 1) -> plan.Plan:
-    """The prediction for the ranks of `mesh` on devices like `device`; on a CPU, `sharers` ranks have its memory.
+def plan_of(cfg: Config, device: torch.device, mesh: Mesh, here: Place) -> plan.Plan:
+    """The prediction for the ranks of `mesh` on devices like `device`.
 
-    Raises TooLarge where not even the parameters' state would fit.
+    Raises TooLarge where not even the parameters' state would fit: of the rank that is `here`, and on a CPU of all
+    ranks on its machine together.
     """
     ops = kernels.choose(device.type, cfg.kernels, machine.DTYPES[cfg.run.dtype])
     fused_loss = ops.names["cross_entropy"] != "reference"
     found = plan.predict(cfg, mesh, device.type, machine.describe(device), fused_loss)
-    memory = found.memory
-    state = memory.weights + memory.gradients + memory.master + memory.moments
-    room = machine.memory_size(device)
-    needed = state * (sharers if device.type == "cpu" else 1)
+    stages = all_ranks(cfg, mesh.dp, device.type, fused_loss)
+    first = here.rank - here.local_rank
+    sharers = range(first, first + here.local_world) if device.type == "cpu" else (here.rank,)
+    room, needed = machine.memory_size(device), sum(stages[mesh.coords(rank).pp].states for rank in sharers)
     if needed > room:
-        where = f"of the fullest rank, {sharers} such ranks to a machine," if mesh.world > 1 else "alone"
+        where = "alone"
+        if mesh.world > 1:
+            where = f"of the {len(sharers)} ranks on this machine" if device.type == "cpu" else f"on rank {here.rank}"
         more = ", or more ranks (layout.tp, layout.pp)" if mesh.world > 1 or device.type == "cuda" else ""
         raise TooLarge(
-            f"model: {sum(found.parameters):,} parameters take {bytes_text(state)} for weights, gradients, master "
-            f"weights and moments {where} but {found.device} has {bytes_text(room)}; choose a smaller model{more}"
+            f"model: {sum(found.parameters):,} parameters take {bytes_text(needed)} for weights, gradients, master "
+            f"weights and moments {where}, but {found.device} has {bytes_text(room)}; choose a smaller model{more}"
         )
     return found
 

@@ -1,0 +1,42 @@
+"""Whether the parameters' state fits: that of all ranks on a machine, stage by stage."""
+
+import pytest
+import torch
+
+from megapre.config import load
+from megapre.mesh import Mesh
+from megapre.parallel.comm import Place
+from megapre.plan.memory import all_ranks
+from megapre.train import machine
+from megapre.train.planned import TooLarge, plan_of
+
+UNEQUAL = (
+    "layout.pp=2",
+    "layout.dp=2",
+    "model.vocab=50000",
+    "model.tied=false",
+    "batch.micro=1",
+    "model.layers=4",
+    "layout.stages=[3,1]",
+)
+
+
+@pytest.mark.parametrize(("local_world", "told"), [(4, "of the 4 ranks on this machine"), (2, "of the 2 ranks on")])
+def test_the_ranks_of_a_machine_must_fit_together(monkeypatch: pytest.MonkeyPatch, local_world: int, told: str) -> None:
+    cfg = load("debug", UNEQUAL)
+    first, last = (memory.states for memory in all_ranks(cfg, 2))
+    assert first > 1.02 * last, "stages that differ"
+    for rank in range(4):
+        room = 2 * first + 2 * last if local_world == 4 else 2 * (first, last)[rank // 2]
+        here = Place(rank, 4, rank % local_world, local_world)
+        monkeypatch.setattr(machine, "memory_size", lambda _, room=room: room)
+        plan_of(cfg, torch.device("cpu"), Mesh(4, pp=2), here)
+        monkeypatch.setattr(machine, "memory_size", lambda _, room=room: room - 1)
+        with pytest.raises(TooLarge, match=f"{told}.*choose a smaller model, or more ranks"):
+            plan_of(cfg, torch.device("cpu"), Mesh(4, pp=2), here)
+
+
+def test_one_rank_is_told_without_a_word_on_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory_size", lambda _: 1000)
+    with pytest.raises(TooLarge, match=r"moments alone, but .* has 1.0K; choose a smaller model$"):
+        plan_of(load("debug", ["model.vocab=300"]), torch.device("cpu"), Mesh(1), Place())
