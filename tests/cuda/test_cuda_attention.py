@@ -105,6 +105,15 @@ def test_every_head_dim(emulator: emulated.Emulator, dtype: torch.dtype, capabil
     obeys(emulator, *qkv(1, 134, 140, 2, 1, dim, dtype), cu_seqlens=None, window=100)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("documents", [False, True])
+def test_stages_of_sm90_go_around(emulator: emulated.Emulator, dim: int, documents: bool) -> None:
+    """Five tiles of keys, ten of queries and two heads a group: every barrier is in its third phase at least."""
+    cu_seqlens = torch.tensor([0, 30, 600], dtype=torch.int32) if documents else None
+    emulator.schedule(1)
+    obeys(emulator, *qkv(1, 600, 600, 2, 1, dim, torch.bfloat16), causal=documents, cu_seqlens=cu_seqlens)
+
+
 @pytest.mark.parametrize(
     ("capability", "dim"), [*((80, dim) for dim in (32, 64, 96, 128, 256)), *((90, dim) for dim in (64, 128, 256))]
 )
