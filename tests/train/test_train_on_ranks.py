@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
@@ -20,7 +21,7 @@ from megapre.errors import UserError
 from megapre.parallel.comm import Place
 from megapre.train import bench, loop, tracing
 from megapre.train.folder import read_metrics
-from megapre.train.step import Engine, StepResult
+from megapre.train.step import Engine, StepResult, connected
 
 Tiny = Callable[..., Config]
 CPU = torch.device("cpu")
@@ -174,12 +175,14 @@ def test_all_ranks_pass_over_a_damaged_checkpoint(run_on: RunOn, tiny: Tiny, tmp
     cfg = tiny("layout.dp=2", "batch.micro=1", "checkpoint.every=6")
     assert run_on(2, train, cfg) == [0, 0]
     newest, older = committed(tmp_path / "run" / "checkpoints")
-    victim = max(newest.glob("*.distcp"))
-    data = bytearray(victim.read_bytes())
-    data[len(data) // 2] ^= 1
-    victim.write_bytes(data)
-    for told, step in run_on(2, damaged, cfg):
-        assert victim.name in told and "damaged" in told and step == "6"
+    for victim in newest.glob("*.distcp"):  # each is in the share of one rank alone
+        whole = victim.read_bytes()
+        data = bytearray(whole)
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+        for told, step in run_on(2, damaged, cfg):
+            assert victim.name in told and "damaged" in told and step == "6"
+        victim.write_bytes(whole)
     assert older.name == "step_00000006"
 
 
@@ -228,6 +231,32 @@ def test_a_trace_that_fails_ends_no_run(run_on: RunOn, tiny: Tiny, tmp_path: Pat
     log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
     assert "the trace of step 1 could not be written: no font" in log
     assert [step for step, *_ in curve(tmp_path / "run")] == [1, 2, 3]
+
+
+def on_its_way(cfg: Config) -> list[tuple[int, int]]:
+    """Buckets of parameters that are still handed round when each of two steps begins its actions, and at its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megapre.train.stage.torch.compile", lambda function, **_: function)
+        engine = Engine(cfg, CPU, connected(cfg, here(), CPU))
+    exchange, found = engine.flat.exchange, []
+    assert exchange is not None
+    with closing(bench.made_up(cfg, dist.get_rank(), 2)) as batches:
+        for _ in range(2):
+            run = engine.executor.run
+            began: list[int] = []
+            engine.executor.run = lambda trace, run=run, began=began: began.append(len(exchange.gathers)) or run(trace)
+            engine.step(next(batches), 1e-3)
+            engine.executor.run = run
+            found.append((began[0], len(exchange.gathers)))
+    engine.settle()
+    return found
+
+
+def test_a_compiled_step_waits_for_all_parameters_first(run_on: RunOn, tiny: Tiny) -> None:
+    """Nothing tells it, layer by layer, which it will read next."""
+    cfg = tiny("layout.dp=2", "batch.micro=1", "run.compile=true", "model.vocab=200")
+    for first, second in run_on(2, on_its_way, cfg):
+        assert first[0] == second[0] == 0 and first[1] == second[1] > 0
 
 
 def timed(cfg: Config) -> dict[str, Any]:
