@@ -111,12 +111,28 @@ unsigned threads_for(int64_t columns, int vectors) {
   return static_cast<unsigned>(std::clamp<int64_t>((columns + per_thread - 1) / per_thread, 1, 512) + 31) / 32 * 32;
 }
 
+// Blocks that share a row, a cluster, where there are fewer rows than two a multiprocessor: as many as keep them all busy,
+// as long as every thread has more than one batch of four vectors to divide.
+template <typename T>
+unsigned blocks_a_row(int64_t columns, int64_t rows) {
+  constexpr int64_t kBatch = 512 * 4 * kWide<T>;  // columns of a block
+  unsigned blocks = 1;
+  if (capability() >= 90) {
+    while (blocks < 8 && columns > kBatch * blocks && rows * blocks < 2 * multiprocessors()) {
+      blocks *= 2;
+    }
+  }
+  return blocks;
+}
+
 template <typename T>
 void launch_statistics(const Terms& terms, const CrossEntropy<T>& op, int64_t rows, cudaStream_t stream) {
+  const unsigned blocks = blocks_a_row<T>(op.columns, rows);
   const Launch how{
       .op = terms.op,
-      .grid = dim3(static_cast<unsigned>(rows)),
-      .block = dim3(threads_for<T>(op.columns, 4)),
+      .grid = dim3(static_cast<unsigned>(rows * blocks)),
+      .block = dim3(threads_for<T>((op.columns + blocks - 1) / blocks, 4)),
+      .cluster = blocks,
       .stream = stream};
   launch(how, cross_entropy_statistics_kernel<T>, op);
 }
@@ -129,6 +145,7 @@ void launch_in_place(const Terms& terms, const CrossEntropy<T>& op, int64_t rows
     blocks *= 2;
   }
   const bool held = blocks == 1 || (blocks <= 8 && capability() >= 90);
+  blocks = std::max(blocks, blocks_a_row<T>(op.columns, rows));
   const Launch how{
       .op = terms.op,
       .grid = dim3(static_cast<unsigned>(held ? rows * blocks : rows)),

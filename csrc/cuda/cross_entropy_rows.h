@@ -152,12 +152,13 @@ __device__ __forceinline__ SoftmaxStatistics read_row(
   return own;
 }
 
-// Losses and lse, or the statistics of a shard. One block has a row.
+// Losses and lse, or the statistics of a shard. A block has a row, or where rows are few a cluster.
 template <typename T>
 __global__ void __launch_bounds__(512) cross_entropy_statistics_kernel(CrossEntropy<T> op) {
   MEGAPRE_SHARED(SoftmaxStorage, storage, [1]);
-  const int64_t row = blockIdx.x;
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int blocks = static_cast<int>(cluster_blocks()), threads = blocks * static_cast<int>(blockDim.x);
+  const int thread = static_cast<int>(cluster_rank() * blockDim.x + threadIdx.x);
+  const int64_t row = blockIdx.x / static_cast<unsigned>(blocks);
   const int numbers = op.smoothing != 0.0f ? 4 : 3;
   const Label label(op, row);
   SoftmaxStatistics all{.top = 0.0f};
@@ -177,6 +178,9 @@ __global__ void __launch_bounds__(512) cross_entropy_statistics_kernel(CrossEntr
   } else if (thread < numbers) {
     op.stats[row * numbers + thread] =
         thread == 0 ? all.top : thread == 1 ? all.sum : thread == 2 ? all.at_label : all.plain;
+  }
+  if (!label.ignored) {
+    leave_row();
   }
 }
 

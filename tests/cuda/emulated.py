@@ -108,3 +108,16 @@ class Emulator:
     def guarded(self, t: Tensor) -> Tensor:
         """A contiguous copy with no memory behind its end; what is read or written there ends the launch."""
         return self.ops.guard(t.contiguous())
+
+
+def mutated(folder: Path, unit: str, source: str, before: str, after: str) -> Emulator:
+    """The ops of `unit`.cu with `after` for the one `before` in a source; built in `folder`, whose name they take."""
+    shutil.copytree(SOURCES, folder, dirs_exist_ok=True)
+    for path in folder.glob("*.cu"):
+        if path.stem != unit:
+            path.unlink()
+    text = (folder / source).read_text()
+    assert text.count(before) == 1, f"{source} has changed: what is the place to mutate now?"
+    (folder / source).write_text(text.replace(before, after))
+    namespace = f"mutated_{folder.name}"
+    return Emulator(build(folder, namespace), namespace)

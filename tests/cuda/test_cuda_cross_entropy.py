@@ -1,6 +1,7 @@
 """The CUDA cross_entropy under emulation: the 2x rule against fp64, layouts, shards, no rows, any order of warps."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import emulated
 import pytest
@@ -187,6 +188,25 @@ def test_a_row_wider_than_a_cluster(emulator: emulated.Emulator) -> None:
     obeys(in_place(emulator, logits.clone(), labels, 131080, 0.0, 0.0, None), logits, labels, 131080, 0.0, 0.0, None)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("dtype", "vocab"), [(torch.bfloat16, 16393), (torch.float16, 33001), (torch.float32, 33001)])
+def test_few_rows_share_a_large_gpu(
+    emulator: emulated.Emulator, capability: int, dtype: torch.dtype, vocab: int
+) -> None:
+    """On sm_90 two, four and eight blocks a row; the last block of a row may have little or nothing of it."""
+    emulator.device(multiprocessors=132, capability=capability)
+    logits, labels = drawn(3, vocab + 7, vocab, dtype)
+    labels[0] = vocab - 1
+    terms = (vocab, 0.1, 1e-3, None)
+    shards = [shard.contiguous() for shard in logits.split([vocab - 5, 12], 1)]
+    for got in (
+        in_two(emulator, logits, labels, *terms),
+        in_place(emulator, logits.clone(), labels, *terms),
+        in_shards(emulator, shards, labels, *terms),
+    ):
+        obeys(got, logits, labels, *terms)
+
+
 @pytest.mark.parametrize("vocab", [100, 4099, 40000])
 def test_any_order_of_warps_gives_the_same_bits(emulator: emulated.Emulator, vocab: int) -> None:
     logits, labels = drawn(4, vocab, vocab, torch.bfloat16)
@@ -343,3 +363,33 @@ def test_what_cannot_be_is_said(emulator: emulated.Emulator) -> None:
         ops.cross_entropy_local(logits, labels, -1, 64, IGNORE, False)
     with pytest.raises(ValueError, match=r"lse is Float \[3\]"):
         ops.cross_entropy_local_backward_(logits, labels, torch.zeros(3), None, 0, 64, IGNORE, 0.0, 0.0)
+
+
+# What to change where, and what is said of it: a wrong result is so far "from fp64".
+MUTATIONS = {
+    "barrier": ("softmax_statistics.h", "    __syncthreads();\n", "", "from fp64"),
+    "cluster": ("softmax_statistics.h", "    cluster_arrive();\n    cluster_wait();\n", "", "from fp64"),
+    "leaves": ("softmax_statistics.h", "    cluster_wait();\n  }\n}\n\n}", "  }\n}\n\n}", "cluster, which has ended"),
+    "bound": (
+        "row_span.h",
+        "tail = columns - head - vectors * N;",
+        "tail = columns - vectors * N;",
+        "of an allocation of 80012 bytes",
+    ),
+    "label": ("row_span.h", "vector % threads", "vector / threads", "from fp64"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutated(loaded_emulator: emulated.Emulator, tmp_path: Path, mutation: str) -> None:
+    """What is missing or shifted shows in rows that two blocks share, under one of four schedules."""
+    *change, said = MUTATIONS[mutation]
+    mutated = emulated.mutated(tmp_path, "cross_entropy", *change)
+    logits, labels = drawn(2, 20003, 20003, torch.bfloat16)
+    labels[:] = 10000
+
+    with pytest.raises((AssertionError, RuntimeError), match=said):
+        for seed in range(4):
+            mutated.schedule(seed)
+            terms = (mutated.guarded(logits), labels, 20003, 0.0, 0.0, None)
+            obeys(in_two(mutated, *terms), logits, labels, 20003, 0.0, 0.0, None)

@@ -1,6 +1,7 @@
 """The CUDA gradient of the embedding under emulation: the 2x rule against fp64, runs of any length, shards, layouts."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import emulated
 import pytest
@@ -190,3 +191,22 @@ def test_what_cannot_be_is_said(emulator: emulated.Emulator) -> None:
     with pytest.raises(ValueError, match="dtype Double; the CUDA kernels take fp32, bf16 and fp16"):
         op(total, dy.double(), ids, True)
     assert torch.equal(total, torch.ones(4, 3))
+
+
+MUTATIONS = {
+    "border": ("goes_on = first + kPiece < op.count && ", "goes_on = false && ", "Tensor-likes are not equal"),
+    "slot": ("is_first && from_before ? 0", "from_before ? 0", "Tensor-likes are not equal"),
+    "bound": ("exists = first + lane < op.count", "exists = true", "illegal access"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutated(loaded_emulator: emulated.Emulator, tmp_path: Path, mutation: str) -> None:
+    """A run that is cut at a border, goes astray behind it, or is read beyond the list."""
+    before, after, said = MUTATIONS[mutation]
+    mutated = emulated.mutated(tmp_path, "embedding", "embedding_runs.h", before, after)
+    ids, dy, total = tokens_of(100, 9, 2), torch.ones(100, 4), torch.full((9, 4), torch.nan)
+    expected = torch.zeros(9, 4).index_add_(0, ids, dy)
+    with pytest.raises((AssertionError, RuntimeError), match=said):
+        mutated.ops.embedding_gradient_(total, dy, ids, False)
+        torch.testing.assert_close(total, expected, rtol=0, atol=0)

@@ -179,17 +179,17 @@ void run_cluster() {
       Block& block = machine->blocks[at / warps];
       const unsigned first = at % warps * kWarp;
       const unsigned last = std::min<unsigned>(first + kWarp, block.fibers.size());
+      for (unsigned i = first; i < last; ++i) {
+        if (block.fibers[i].state == State::kPolling) {
+          step(block.fibers[i]);
+        }
+      }
       for (bool moved = true; moved;) {
         moved = false;
         for (unsigned i = first; i < last; ++i) {
           if (block.fibers[i].state == State::kReady) {
             moved |= step(block.fibers[i]);
           }
-        }
-      }
-      for (unsigned i = first; i < last; ++i) {
-        if (block.fibers[i].state == State::kPolling) {
-          step(block.fibers[i]);
         }
       }
       machine->progress |= advance(false);
