@@ -214,7 +214,7 @@ IMPLEMENTATIONS = (
         attention.cuda,
         _needs_cuda("attention", "attention_backward_"),
         attention.TAKES_CUDA,
-        NOT_RUN,
+        note=NOT_RUN,
     ),
     Implementation("attention", "reference", attention.reference),
     Implementation("adamw_", "native", adamw.native, _needs_native("adamw_")),
