@@ -1,15 +1,15 @@
 """One command that proves megapre on the GPU at hand: `make gpu-check`, or `python benchmarks/gpu_check.py`.
 
-It uses the interpreter that runs it and needs no network: the native libraries are built in place, Triton's cache is
-filled on all cores, then the GPU tests, compute-sanitizer on small shapes, the kernel table, and a training step
-against its peers run one after the other, each in a process of its own under a time limit. A part may use what earlier
-ones have left of theirs, but not the seconds that are kept for those to come. What it printed is kept in its log; one
-that fails or runs out of time does not stop the next. The summary is written after every part, so a run that is cut off
-keeps what it had:
+It uses the interpreter that runs it and needs no network: the native libraries, CUDA kernels among them, are built in
+place, Triton's cache is filled on all cores, then the GPU tests, compute-sanitizer on small shapes, the kernel table,
+all implementations beside each other, and a training step against its peers run one after the other, each in a process
+of its own under a time limit. A part may use what earlier ones have left of theirs, but not the seconds that are kept
+for those to come. What it printed is kept in its log; one that fails or runs out of time does not stop the next. The
+summary is written after every part, so a run that is cut off keeps what it had:
 
     benchmarks/results/gpu_check_<hardware>_<date>.{json,md}     the summary
     benchmarks/results/gpu_check_<hardware>_<date>_logs/*.log    what each part printed (not for the repository)
-    benchmarks/results/{kernels,train_step}_<hardware>_<date>.*  written by the parts themselves
+    benchmarks/results/{kernels,train_step}_*<hardware>_<date>.*  written by the parts themselves
 
 Exit status: 0 when every part that was asked for passed, 1 otherwise, 2 when there is no usable GPU.
 """
@@ -110,7 +110,7 @@ def parts(out: Path) -> list[Part]:
             150,
             60,
             [PYTHON, "setup.py", "build_ext", "--inplace"],
-            {"MEGAPRE_NATIVE": "1"},
+            {"MEGAPRE_NATIVE": "1", "MEGAPRE_CUDA": "1"},
         ),
         Part("doctor", "what the machine offers and which kernels run", 40, 10, [PYTHON, "-m", "megapre", "doctor"]),
         Part(
@@ -141,6 +141,16 @@ def parts(out: Path) -> list[Part]:
             150,
             90,
             [PYTHON, "benchmarks/kernels_gpu.py", f"--out={to}", "--budget={seconds}"],
+        ),
+        Part(
+            "implementations",
+            "every implementation of every op beside the others, in per cent of the ceilings",
+            90,
+            40,
+            [
+                *(PYTHON, "-m", "megapre", "bench", "kernels", "--set=gpu-quick", "--device=cuda"),
+                *(f"--out={to}", "--budget={seconds}"),
+            ],
         ),
         Part(
             "train-step",

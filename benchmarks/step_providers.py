@@ -129,6 +129,8 @@ def of_hugging_face(task: Task) -> Step:
     model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
     model.load_state_dict(state, strict=False)  # lacks lm_head.weight, which is tied
     del state
+    if "liger" in task["provider"].split("-"):
+        return peer(task, model, through_liger(model), device, before)
 
     def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # The model's own loss, told that labels are those of the next tokens already.
@@ -136,6 +138,23 @@ def of_hugging_face(task: Task) -> Step:
         return model.loss_function(logits, labels, vocab_size=cfg.model.vocab, shift_labels=labels)
 
     return peer(task, model, loss, device, before)
+
+
+def through_liger(model: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The loss with what Liger has for the model's type (of GPT-2: none), and its linear layer with cross-entropy.
+
+    Its own forward of a model shifts labels, which here are those of the next tokens already.
+    """
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    fused = LigerFusedLinearCrossEntropyLoss()
+
+    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        hidden = model.base_model(input_ids=tokens)[0]
+        return fused(model.get_output_embeddings().weight, hidden.flatten(0, 1), labels.flatten())  # type: ignore[no-any-return]
+
+    return loss
 
 
 def of_plain_model(task: Task) -> Step:

@@ -19,7 +19,8 @@ class Row:
     """One provider of one op at one size in one mode. Times in ms; rates by the time that counts on the device.
 
     `of_ceiling` is a fraction, `ratio` the time of the fastest peer over this one. A provider that could not be timed
-    has no repeats, and a note that says why.
+    has no repeats, and a note that says why. `wall_ms` is a call's wall-clock time on CUDA, with what Python costs: 0
+    on a CPU, where all times are that, and where something is prepared before each call.
     """
 
     op: str
@@ -34,6 +35,7 @@ class Row:
     p20_ms: float = 0.0
     p50_ms: float = 0.0
     p80_ms: float = 0.0
+    wall_ms: float = 0.0
     flops: int = 0
     bytes: int = 0
     gb_s: float = 0.0
@@ -166,6 +168,8 @@ class Runner:
             rows[name].bound = case.bound
             rows[name].flops, rows[name].bytes = case.work[mode]
             rows[name].time(taken, self.timer.by)
+            if self.timer.device != "cpu" and case.prepare is None:  # it would be in the time
+                rows[name].wall_ms = self.timer.wall(works[name])
 
 
 def prepared(case: Case, function: Callable[..., Any], modes: Collection[str]) -> tuple[dict[str, Work], list[Tensor]]:

@@ -2,14 +2,16 @@
 
 On the CPU a call is timed by the wall clock, and the minimum of the repeats counts: on a machine that others use too it
 is the number that depends least on them. On CUDA a call stands between two events while the host is kept ahead by a
-sleeping kernel, so what Python costs is not in it, and the median counts.
+sleeping kernel, so what Python costs is not in it, and the median counts: its kernels follow each other as in a CUDA
+graph. The wall clock beside it tells what a call costs with Python. The CUDA side has not yet run on a GPU.
 """
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -17,6 +19,8 @@ Work = Callable[[], object]
 
 FLUSH_CAP = 1 << 29
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+CYCLES_PER_S = 2e9  # of a GPU's clock, at most: torch.cuda._sleep counts cycles
+LEAST_AHEAD_S, MOST_AHEAD_S = 5e-4, 5e-2
 PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
@@ -41,6 +45,7 @@ class Timer:
         self.cold = cold
         size = min(2 * last_level_cache(), FLUSH_CAP) if self.device == "cpu" else 1 << 28
         self._flush = torch.zeros(size // 4 if cold else 0, dtype=torch.float32, device=device)
+        self._enqueued: MutableMapping[Work, float] = WeakKeyDictionary()  # a work may hold much memory
         self.by = "minimum" if self.device == "cpu" else "median"
 
     def milliseconds(self, work: Work, prepare: Callable[[], None] | None = None) -> float:
@@ -58,12 +63,27 @@ class Timer:
         torch.cuda.synchronize()
         if self.cold:
             self._flush.zero_()
-        torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host enqueues the call
+        # Three times what enqueueing this work took, within bounds: a first call may have compiled what it calls.
+        ahead = min(max(3 * self._enqueued.get(work, 3e-4), LEAST_AHEAD_S), MOST_AHEAD_S)
+        torch.cuda._sleep(int(ahead * CYCLES_PER_S))
         begin.record()
-        work()
+        enqueued = _seconds(work)
         end.record()
         end.synchronize()
+        self._enqueued[work] = min(enqueued, self._enqueued.get(work, enqueued))
         return float(begin.elapsed_time(end))
+
+    def wall(self, work: Work, calls: int = 10) -> float:
+        """Milliseconds of the wall clock for a call on CUDA, of `calls` enqueued in a row: the longer of what the host
+        and what the device need for one."""
+
+        def row() -> None:
+            for _ in range(calls):
+                work()
+            torch.cuda.synchronize()
+
+        torch.cuda.synchronize()
+        return _seconds(row) * 1e3 / calls
 
     def turns(
         self,

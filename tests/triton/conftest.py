@@ -58,6 +58,15 @@ if INTERPRETED:
     _compute_as_the_hardware()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU they are tests of it, for whoever selects these by mark (benchmarks/gpu_tests.py)."""
+    for item in items:
+        here = Path(__file__).parent in item.path.parents
+        if here and not INTERPRETED and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cpu" if INTERPRETED else "cuda"
