@@ -12,7 +12,7 @@ from .errors import DataError
 from .gpt_index import GPTIndex, build_gpt_index, split_ranges
 from .indexed import IndexedDataset, IndexedWriter
 from .sidecar import Sidecar, read_sidecar, write_sidecar
-from .sources import sidecar_of, tokenizer_path
+from .sources import sidecar_of, tokenizer_path, with_vocab_of_data
 
 if TYPE_CHECKING:
     from .loader import GlobalBatch, Loader, MicroBatch, build_loader
@@ -52,6 +52,7 @@ __all__ = [
     "split_ranges",
     "tokenizer_path",
     "train_tokenizer",
+    "with_vocab_of_data",
     "write_sidecar",
 ]
 

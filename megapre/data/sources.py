@@ -24,7 +24,7 @@ from .indexed import IndexedDataset, bare_prefix
 from .sidecar import Sidecar, read_sidecar
 
 if TYPE_CHECKING:
-    from ..config.schema import Data, Source
+    from ..config.schema import Config, Data, Source
 
 CACHE = "index-cache"  # folder beside the data, unless data.index_cache names another
 
@@ -212,6 +212,15 @@ def sidecar_of(data: "Data") -> Sidecar | None:
                 f"{sidecar.tokenizer_sha256[:12]}); leave it out or tokenize the data anew"
             )
     return next(iter(found.values()), None)
+
+
+def with_vocab_of_data(cfg: "Config") -> "Config":
+    """`cfg` with the vocabulary of its data, where the model leaves it to them and they have a sidecar.
+
+    Raises DataError as `sidecar_of` does, ConfigError where a rule then breaks.
+    """
+    sidecar = None if cfg.model.vocab else sidecar_of(cfg.data)
+    return cfg if sidecar is None else cfg.with_vocab(sidecar.vocab_size)
 
 
 def _sha256(path: str) -> str:

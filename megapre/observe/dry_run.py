@@ -12,6 +12,7 @@ from itertools import accumulate
 
 from .. import schedule
 from ..config import Config
+from ..data import with_vocab_of_data
 from ..errors import UserError
 from ..mesh import Mesh
 from ..plan import find, predict, render
@@ -41,8 +42,10 @@ def world_of(overrides: Sequence[str]) -> tuple[int, tuple[str, ...]]:
 def run(cfg: Config, world: int = 0) -> int:
     """Prints what `cfg` on `world` ranks would be (0: as few as its layout needs). Returns 0.
 
-    Raises MeshError, ConfigError, StageError or ScheduleError for what cannot be.
+    A vocabulary that is left to the data is read from their sidecar. Raises MeshError, ConfigError, DataError,
+    StageError or ScheduleError for what cannot be.
     """
+    cfg = with_vocab_of_data(cfg)
     layout = cfg.layout
     mesh = Mesh.of(layout, world or layout.model_parallel * max(layout.dp, 1))
     device = find(GPU)

@@ -123,17 +123,21 @@ def compare_recipe(
     `link` (GB/s) and `latency` (us) are those of a message, unless `comm_profile` names a file with measured ones, and
     of the collectives among replicas; `tp_link` (GB/s of bus bandwidth) is that among tensor-parallel ranks.
     """
+    from ..data import with_vocab_of_data
     from ..mesh import Mesh
     from ..plan import find as find_device
     from ..plan import fullest_rank
     from ..plan.communication import of_data
     from ..plan.hardware import DEVICES
     from ..plan.link import Link
+    from ..plan.partition import known_vocab
     from ..plan.stages import Rates, stage_costs
 
     layout = cfg.layout
     if layout.pp == 1:
         raise ScheduleError("compare: layout.pp = 1 is no pipeline; set layout.pp, or --ranks")
+    cfg = with_vocab_of_data(cfg)
+    known_vocab(cfg)  # or every schedule would be refused for it
     device = find_device(gpu)
     if device is None:
         known = ", ".join(row.names[0] for row in DEVICES)

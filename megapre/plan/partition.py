@@ -52,12 +52,21 @@ def layers_of_stages(cfg: Config, chunks: int = 0, placement: Placement | None =
 def costs(cfg: Config) -> tuple[int, int, int]:
     """FLOPs a token, forward and backward, of a layer, of the embedding (its memory traffic) and of the head."""
     model = cfg.model
-    if model.vocab == 0:
-        raise StageError("model: vocab = 0 is that of the data's tokenizer; set model.vocab to count the head")
+    vocab = known_vocab(cfg)
     one = 3 * (2 * params.layer(model).matrices + 2 * cfg.batch.seq_length * model.heads * model.head_dim)
     element = 4 if cfg.run.dtype == "fp32" else 2
     embedding = FLOPS_PER_BYTE * (3 * element + 8) * model.hidden  # rows read and written; fp32 gradients added up
-    return one, embedding, 6 * model.vocab * model.hidden
+    return one, embedding, 6 * vocab * model.hidden
+
+
+def known_vocab(cfg: Config) -> int:
+    """The vocabulary, for the head. Raises StageError where the config leaves it to data that nobody has looked at."""
+    if cfg.model.vocab == 0:
+        raise StageError(
+            "model: vocab = 0 takes the vocabulary from the data, of which no PREFIX.meta.json is here; set "
+            "model.vocab to count the head, as in model.vocab=50257, or make the data first"
+        )
+    return cfg.model.vocab
 
 
 def balanced(layers: int, ranks: Sequence[int], one: float, first: float, last: float) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from . import params
 from .activations import ELEMENT, stage_activations
 from .communication import OfTensor, of_tensor
 from .link import Link
-from .partition import StageError, layers_of_stages
+from .partition import known_vocab, layers_of_stages
 
 MICRO, GIGA = 1e-6, 1e9
 
@@ -41,14 +41,13 @@ def stage_costs(cfg: Config, chunks: int, rates: Rates, placement: Placement | N
     """
     model, layout = cfg.model, cfg.layout
     cut = layers_of_stages(cfg, chunks, placement)
-    if model.vocab == 0:
-        raise StageError("model: vocab = 0 is that of the data's tokenizer; set model.vocab to count the head")
+    vocab = known_vocab(cfg)
     stages, tokens = len(cut), cfg.batch.micro_tokens
     activations = stage_activations(cfg, cut)
     share = tokens / (rates.flops * layout.tp)
     matrices = 2 * params.layer(model).matrices * share
     scores = 2 * cfg.batch.seq_length * model.heads * model.head_dim * share  # causal, counted as half
-    head = 2 * model.vocab * model.hidden * share
+    head = 2 * vocab * model.hidden * share
     element = ELEMENT[cfg.run.dtype]
     stream = tokens * model.hidden / (layout.tp if layout.sequence_parallel else 1)
     look_up = 2 * element * stream / rates.memory

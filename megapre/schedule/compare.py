@@ -75,7 +75,7 @@ def best(rows: Sequence[Row], in_flight: float | None = None, memory: float | No
     """
     built = [row for row in rows if row.timeline is not None]
     if not built:
-        raise ScheduleError(f"compare: no schedule can be built: {'; '.join(row.refused for row in rows)}")
+        raise ScheduleError("compare: no schedule can be built; each row says why")
     within = [row for row in built if _within(row, in_flight, memory)]
     if not within:
         least = min(built, key=lambda row: (row.memory or 0.0, row.in_flight))

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megapre.data import DataError, IndexedDataset, read_sidecar, sidecar_of, tokenizer_path
+from megapre.data import DataError, IndexedDataset, read_sidecar, sidecar_of, tokenizer_path, with_vocab_of_data
 
 if TYPE_CHECKING:
     from megapre.config import Config
@@ -25,8 +25,7 @@ def settle(cfg: Config) -> tuple[Config, Path | None]:
     for prefix in prefixes:
         IndexedDataset(prefix)  # missing, truncated or foreign files are told before anything else
     sidecar = sidecar_of(cfg.data)
-    if sidecar is not None and cfg.model.vocab == 0:
-        cfg = cfg.with_vocab(sidecar.vocab_size)
+    cfg = with_vocab_of_data(cfg)
     if cfg.model.vocab == 0:
         raise DataError(
             f"model.vocab = 0 takes the vocabulary from the data, but {prefixes[0]} has no sidecar "

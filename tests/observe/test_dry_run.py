@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megapre.config import ConfigError, load
+from megapre.data import Sidecar, write_sidecar
 from megapre.mesh import MeshError
 from megapre.observe import dry_run
 from megapre.plan.partition import StageError
@@ -60,6 +61,18 @@ def test_one_stage_needs_no_schedule(capsys: pytest.CaptureFixture[str]) -> None
     dry_run.run(load("gpt2-124m", ["model.vocab=50257"]), 8)
     out = capsys.readouterr().out
     assert "8 ranks = pp 1 x dp 8" in out and "rank 0" not in out
+
+
+def test_the_vocabulary_is_that_of_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sidecar(tmp_path / "text", Sidecar("t.json", "0", 300, 0, True, documents=9, tokens=99, bytes=999))
+    recipe = ["layout.pp=2", "batch.micro=1", f"data.train={tmp_path / 'text'}"]
+    shown = []
+    for vocab in ("model.vocab=0", "model.vocab=300"):
+        assert dry_run.run(load("debug", [*recipe, vocab])) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "vocab 300" in shown[0]
+    with pytest.raises(StageError, match=r"no PREFIX.meta.json is here; set model.vocab"):
+        dry_run.run(load("debug", [*recipe[:2], f"data.train={tmp_path / 'elsewhere'}"]))
 
 
 def test_what_cannot_be_is_told_before_anything_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

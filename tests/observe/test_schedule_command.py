@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from megapre import cli
+from megapre.data import Sidecar, write_sidecar
 from megapre.plan import Link
 from megapre.plan.comm_profile import write
-from megapre.schedule import build, read
+from megapre.schedule import ScheduleError, build, read
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -69,6 +70,32 @@ def test_compare_of_a_recipe_weighs_memory(monkeypatch: pytest.MonkeyPatch, caps
     assert "80 layers % (8 * 3) = 8" in capsys.readouterr().out
 
 
+def test_compare_reads_the_vocabulary_of_the_data_or_says_once_that_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["compare", "debug", "model.layers=4", "layout.pp=2", f"data.train={tmp_path / 'text'}"]
+    assert run(monkeypatch, *words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("set model.vocab") == 1
+    write_sidecar(tmp_path / "text", Sidecar("t.json", "0", 300, 0, True, documents=9, tokens=99, bytes=999))
+    assert run(monkeypatch, *words) == 0
+    assert "best: " in capsys.readouterr().out
+
+
+def test_a_reason_is_not_said_again_below_the_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", "llama3-70b", "layout.pp=7", "layout.stages=[11,11,11,11,12,12,12]", "--chunks", "3"]
+    monkeypatch.setattr("megapre.plan.stages.stage_costs", refuse)
+    assert run(monkeypatch, *words) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "compare: no schedule can be built; each row says why"
+
+
+def refuse(*_: object) -> None:
+    raise ScheduleError("schedule: too many layers")
+
+
 def test_compare_takes_the_measured_link_of_this_layout_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -77,10 +104,10 @@ def test_compare_takes_the_measured_link_of_this_layout_alone(
     write(file, key, {"pp": {"send_recv": Link(2.5e-5, 4.21e10)}})
     words = ["compare", "llama3-70b", "--micro-batches", "16", "--comm-profile", str(file)]
     assert run(monkeypatch, *words, "--world", "512") == 0
-    assert "messages 42.1 GB/s + 25 us" in capsys.readouterr().out
+    assert "messages and replicas 42.1 GB/s + 25 us" in capsys.readouterr().out
     with pytest.warns(UserWarning, match="dp was 16 and is 8; measure again"):
         assert run(monkeypatch, *words, "--world", "256") == 0
-    assert "messages 50 GB/s + 10 us" in capsys.readouterr().out
+    assert "messages and replicas 50 GB/s + 10 us" in capsys.readouterr().out
     write(file, {**key, "dp": 8}, {"tp": {"all_reduce": Link(2.5e-5, 4.21e10)}})
     with pytest.warns(UserWarning, match="no send_recv of the pp axis"):
         assert run(monkeypatch, *words, "--world", "256") == 0

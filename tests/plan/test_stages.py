@@ -5,7 +5,8 @@ import pytest
 from megapre.config import Config, load
 from megapre.plan import flops
 from megapre.plan.activations import layer_activations, layer_operands
-from megapre.plan.stages import Rates, StageError, stage_costs
+from megapre.plan.partition import StageError
+from megapre.plan.stages import Rates, stage_costs
 
 UNIT = Rates(flops=1.0, memory=1e30, latency=0.0, link=1.0)
 
