@@ -269,7 +269,8 @@ class Ranks:
     def _explain(self) -> None:
         first = self.failed[0]
         others = f", the first of {len(self.failed)} that failed" if len(self.failed) > 1 else ""
-        self._say(f"{first.outcome()}{others}; its last lines, all of them in {first.log.name}:")
+        last = f"; its last lines, all of them in {first.log.name}:" if first.tail else ""
+        self._say(f"{first.outcome()}{others}{last}")
         with contextlib.suppress(OSError):
             for line in first.tail:
                 print(line.decode(errors="replace"), file=sys.stderr, flush=True)

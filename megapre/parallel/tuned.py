@@ -1,8 +1,8 @@
 """What a communication profile (plan/comm_profile.py) says for the ranks that run here, where the config names one.
 
 What the config says itself goes before it. All ranks do alike: the first reads the file, and where it finds nothing
-measured on just these machines, software and layout, or where a rank is on another machine than the first, it warns
-and everything stays as it is.
+measured on just these machines, software and layout, or where a rank is on another machine than the first, everything
+stays as it is and the state says why; the run tells it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,15 +41,17 @@ class Tuned:
 def machine(device: torch.device, here: Place) -> dict[str, str | int]:
     """What communication depends on, of this rank's machine and of how many there are."""
     cuda = device.type == "cuda"
+    nodes = -(-here.world // here.local_world)
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "default interface") if nodes > 1 else "one node"
     return {
         "device": device.type,
         "hardware": kernel_profile.hardware("cuda" if cuda else "cpu"),
         "torch": torch.__version__,
         "backend": f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))}" if cuda else "gloo",
         "driver": _driver() if cuda else "none",
-        "nodes": -(-here.world // here.local_world),
+        "nodes": nodes,
         "ranks_per_node": here.local_world,
-        "topology": _topology() if cuda else os.environ.get("GLOO_SOCKET_IFNAME", "default interface"),
+        "topology": _topology() if cuda else interface,
     }
 
 
@@ -60,7 +61,7 @@ def key(device: torch.device, here: Place, mesh: Mesh) -> dict[str, str | int]:
 
 
 def tuned(layout: Layout, here: Place, device: torch.device) -> Tuned:
-    """`layout` and options as `layout.comm_profile` says; by all ranks, after `join`. Warns where it is refused.
+    """`layout` and options as `layout.comm_profile` says; by all ranks, after `join`. `state` says where it is refused.
 
     Raises MeshError where the layout does not fit the ranks.
     """
@@ -77,8 +78,6 @@ def tuned(layout: Layout, here: Place, device: torch.device) -> Tuned:
             if found is not None and theirs[name] != keys[0][name]:
                 found, why = None, f"{name} of rank 0 is {keys[0][name]}, of rank {rank} {theirs[name]}"
     if found is None:
-        if here.rank == 0:
-            warnings.warn(f"layout.comm_profile is not used: {why}", stacklevel=2)
         return Tuned(layout, state=f"ignored: {why}")
     return _filled(layout, found, file)
 

@@ -63,6 +63,8 @@ def _step(cfg: Config, steps: int, warmup: int, here: Place, device: torch.devic
     else:
         cfg = cfg if cfg.model.vocab else cfg.with_vocab(VOCAB)
     chosen = tuned(cfg.layout, here, device)
+    if here.rank == 0 and cfg.layout.comm_profile:
+        print(f"communication profile {chosen.state}")
     cfg = cfg.model_copy(update={"layout": chosen.layout})
     groups = connected(cfg, here, device, chosen.options)
     dp, ranks = groups.dp, groups.world.handle

@@ -131,8 +131,8 @@ sys.exit(rank + 3)
 def test_a_rank_that_is_killed_is_told_by_the_name_of_the_signal(start: Start) -> None:
     process = start(2, "os.kill(os.getpid(), 9) if rank else time.sleep(60)")
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 137 and "megapre: rank 1 was killed by SIGKILL; its last lines" in err
-    assert len(err.splitlines()) == 1  # it has said nothing
+    assert process.returncode == 137
+    assert err == "megapre: rank 1 was killed by SIGKILL\n"  # it has said nothing
 
 
 STUBBORN = """
