@@ -9,10 +9,16 @@ from pathlib import Path
 
 from megapre.config import Config
 from megapre.mesh import Mesh
+from megapre.plan.partition import schedule_of
 from megapre.train import cpu_runtime
+from megapre.train.changes import changes
 from megapre.train.folder import RunFolder
+from megapre.train.settle import settle
 
-from .processes import launch
+from .processes import STOPPED, launch
+
+REFUSED = 2
+"""Exit code of a rank for what the user can mend, which says itself what to do."""
 
 
 def run(
@@ -21,14 +27,34 @@ def run(
     """Trains `cfg`, which is `recipe` with `overrides`, on `nproc` ranks (0: as many as the layout needs).
 
     `grace`: seconds that the ranks have to save and end once asked to. Returns the exit code of megapre.train.loop.run.
-    Raises MeshError where the layout cannot be cut out of `nproc` ranks, RunFolderError where a run is there already.
+    What arithmetic and the file system can tell is told once, before anything starts or is written. Raises MeshError
+    where the layout cannot be cut out of `nproc` ranks, ConfigError where the batch cannot be cut, ScheduleError for
+    what is no schedule of the layout, RunFolderError where a run is there already, DataError for data that are missing
+    or broken, ResumeError where it cannot go on with `cfg`.
     """
     nproc = nproc or cfg.layout.model_parallel * max(cfg.layout.dp, 1)
     mesh = Mesh.of(cfg.layout, nproc)
-    cfg.batch.micro_batches(mesh.dp)  # cannot be cut: told once, before anything starts
-    folder = RunFolder(Path(cfg.run.dir) / cfg.name, resume)  # in use: the same, and before logs are added to its own
+    schedule_of(cfg, mesh.dp)
+    folder = RunFolder(Path(cfg.run.dir) / cfg.name, resume)
+    settled, _ = settle(cfg)
+    if resume:
+        changes(folder.path, settled)
     command = [sys.executable, "-m", "megapre", "train", recipe, *overrides, *(["--resume"] if resume else [])]
-    return launch(command, nproc, folder.path / "logs", grace, environment(nproc, cfg.run.threads))
+    code = launch(command, nproc, folder.path / "logs", grace, environment(nproc, cfg.run.threads))
+    if code not in (0, REFUSED, *STOPPED):
+        print(f"megapre: {way_on(folder)}", file=sys.stderr, flush=True)
+    return code
+
+
+def way_on(folder: RunFolder) -> str:
+    """What to do after a run was cut off."""
+    saved = [path.name for path in folder.checkpoints.glob("step_*")]
+    if saved:
+        newest = max(saved, key=lambda name: (len(name), name))
+        return f"--resume goes back to the last whole checkpoint in {folder.checkpoints}; the newest is {newest}"
+    if (folder.path / "config.toml").exists():
+        return f"no checkpoint was saved: --resume begins {folder.path} anew"
+    return "the run had not begun; there is nothing to resume"
 
 
 def run_verb(words: Sequence[str], nproc: int, grace: float) -> int:

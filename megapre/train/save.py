@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megapre import checkpoint
 from megapre.checkpoint.state import training_tensors
 from megapre.data import DataError
 from megapre.data.order import compare_order, order_facts
-from megapre.errors import UserError
 
-from .folder import open_run
+from .changes import ResumeError, changes
 from .metrics import bytes_text, duration_text
 
 if TYPE_CHECKING:
     from megapre.checkpoint.pieces import Pieces
-    from megapre.config import Config
 
     from .folder import RunFolder
     from .screen import Screen
     from .step import Engine
-
-
-# Beside the model. What else changes is reported.
-FIXED = ("run.dtype", "optim.master", "optim.moments", "batch.global", "batch.seq_length")
-
-
-class ResumeError(UserError):
-    """A run cannot go on with this config."""
 
 
 @dataclass
@@ -86,7 +76,8 @@ class Saver:
         CheckpointError where there are checkpoints but none is whole.
         """
         engine = self.engine
-        self._compare_configs(engine.cfg)
+        if changed := changes(self.folder.path, engine.cfg):
+            self.screen.say(f"resuming with changes: {'; '.join(changed)}")
         ranks = engine.groups.world.handle
         manifest = checkpoint.newest_verified(self.folder.checkpoints, self.screen.say, ranks)
         if manifest is None:
@@ -105,29 +96,3 @@ class Saver:
         self.saved_step = progress.step
         self.screen.say(f"going on from {manifest.path}, {progress.consumed_samples} samples consumed")
         return progress
-
-    def _compare_configs(self, cfg: Config) -> None:
-        if not (self.folder.path / "config.toml").exists():
-            return
-        before, now = _knobs(open_run(self.folder.path)), _knobs(cfg)
-        changes = {
-            key: f"{key} {before.get(key)} -> {now.get(key)}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        }
-        fixed = [text for key, text in changes.items() if key.startswith("model.") or key in FIXED]
-        if fixed:
-            raise ResumeError(
-                f"the run {self.folder.path} cannot go on with {'; '.join(fixed)}: model, precision and batch size "
-                f"stay; resume it with {self.folder.path / 'config.toml'}, or begin a new run under another name"
-            )
-        if changes:
-            self.screen.say(f"resuming with changes: {'; '.join(changes.values())}")
-
-
-def _knobs(cfg: Config) -> dict[str, Any]:
-    """Every knob of a config by dotted name."""
-    knobs: dict[str, Any] = {}
-    for section, value in cfg.model_dump(mode="json", by_alias=True).items():
-        knobs |= {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
-    return knobs

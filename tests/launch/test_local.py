@@ -1,6 +1,5 @@
 """`megapre launch local`: what it starts, what it refuses beforehand, what it leaves."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,17 +7,30 @@ from unittest.mock import create_autospec
 
 import pytest
 
-from megapre.config import load
+from megapre.config import load, to_toml
+from megapre.data import DataError, IndexedWriter
 from megapre.launch import local
 from megapre.mesh import Mesh, MeshError
+from megapre.schedule import ScheduleError
 from megapre.train import cpu_runtime
+from megapre.train.changes import ResumeError
 from megapre.train.folder import RunFolderError
 
 OVERRIDES = ("layout.tp=2", "layout.pp=2", "name=x", "run.dir=somewhere")
 
 
+DATA = ("data.train=text", "model.vocab=300")
+
+
+def write_data(folder: Path) -> None:
+    with IndexedWriter(folder / "text", vocab_size=300) as writer:
+        writer.add_document(range(300))
+
+
 @pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch) -> "object":
+def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "object":
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
     stand_in = create_autospec(local.launch, return_value=75)
     monkeypatch.setattr(local, "launch", stand_in)
     monkeypatch.setattr(cpu_runtime, "look", lambda: cpu_runtime.Cpus(16, 8, None))
@@ -28,7 +40,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> "object":
 
 
 def called(launch: "object", *overrides: str, **options: object) -> tuple[list[str], int, Path, float, dict[str, str]]:
-    assert local.run(load("debug", overrides), "debug", overrides, **options) == 75  # type: ignore[arg-type]
+    assert local.run(load("debug", [*DATA, *overrides]), "debug", overrides, **options) == 75  # type: ignore[arg-type]
     return launch.call_args.args  # type: ignore[attr-defined]
 
 
@@ -58,17 +70,43 @@ def test_what_does_not_fit_is_told_before_anything_starts(launch: "object") -> N
         called(launch, "layout.tp=2", "layout.dp=2", nproc=8)
     with pytest.raises(ValueError, match="batch: global = 4 sequences cannot be cut"):
         called(launch, "batch.global=4", "batch.micro=1", nproc=3)
+    with pytest.raises(DataError, match=r"nowhere.idx does not exist"):
+        called(launch, "data.train=nowhere")
+    Path("mine.txt").write_text("chunks: 1\nmicro-batches: 4\nrank 0: F0.0\nrank 1: F0.0\n")
+    with pytest.raises(ScheduleError, match="schedule 'mine' cannot run"):
+        called(launch, "layout.pp=2", "layout.schedule=mine.txt")
+    assert not Path("runs").exists()
     launch.assert_not_called()  # type: ignore[attr-defined]
 
 
 def test_a_run_that_is_there_is_told_before_anything_starts(launch: "object", tmp_path: Path) -> None:
     here = ("layout.tp=2", "name=x", f"run.dir={tmp_path}")
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "config.toml").touch()
+    (tmp_path / "x" / "config.toml").write_text(to_toml(load("debug", [*DATA, *here])))
     with pytest.raises(RunFolderError, match="exists already; continue that run with --resume"):
         called(launch, *here)
+    with pytest.raises(ResumeError, match=r"cannot go on with model.layers 2 -> 4"):
+        called(launch, *here, "model.layers=4", resume=True)
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["config.toml"]
     launch.assert_not_called()  # type: ignore[attr-defined]
     assert called(launch, *here, resume=True)[2] == tmp_path / "x" / "logs"
+
+
+def test_a_run_that_was_cut_off_is_told_its_way_on(launch: "object", capsys: pytest.CaptureFixture[str]) -> None:
+    launch.return_value = 137  # type: ignore[attr-defined]
+    run = Path("runs/x")
+    said = []
+    for made in (run, run / "checkpoints/step_00000100", run / "checkpoints/step_100000000"):
+        made.mkdir(parents=True)
+        (run / "config.toml").write_text(to_toml(load("debug", [*DATA, "name=x"])))
+        assert local.run(load("debug", [*DATA, "name=x"]), "debug", ["name=x"], resume=True) == 137
+        said.append(capsys.readouterr().err)
+    assert said[0] == "megapre: no checkpoint was saved: --resume begins runs/x anew\n"
+    assert [text.split()[-1] for text in said[1:]] == ["step_00000100", "step_100000000"]
+    for code in (0, 2, 75, 130):
+        launch.return_value = code  # type: ignore[attr-defined]
+        local.run(load("debug", [*DATA, "name=y"]), "debug", ["name=y"])
+    assert capsys.readouterr().err == ""
 
 
 def test_a_mesh_of_a_layout() -> None:
@@ -76,12 +114,16 @@ def test_a_mesh_of_a_layout() -> None:
 
 
 def test_a_run_that_cannot_begin_leaves_the_logs_alone_and_may_be_begun_again(tmp_path: Path) -> None:
-    begin = [sys.executable, "-m", "megapre", "launch", "local", "debug", f"run.dir={tmp_path}", "name=r"]
+    write_data(tmp_path)
+    runs = tmp_path / "runs"
+    begin = [sys.executable, "-m", "megapre", "launch", "local", "debug", "run.dir=runs", "name=r", *DATA]
     for attempt in (1, 2):
-        done = subprocess.run([*begin, "data.train=[]"], capture_output=True, text=True, env=os.environ, timeout=200)
+        done = subprocess.run(
+            [*begin, "kernels.rms_norm=magic"], capture_output=True, text=True, cwd=tmp_path, timeout=200
+        )
         assert done.returncode == 2
         last = done.stderr.splitlines()
         assert last[0].startswith("megapre: rank 0 ended with exit code 2; its last lines, all of them in")
-        assert last[-1].startswith("megapre: error: no data is named")
-        assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"r", "r/logs", "r/logs/rank0.out"}
-        assert (tmp_path / "r/logs/rank0.out").read_text().count("no data is named") == attempt
+        assert last[-1].startswith("megapre: error: ") and "magic" in last[-1]
+        assert {str(path.relative_to(runs)) for path in runs.rglob("*")} == {"r", "r/logs", "r/logs/rank0.out"}
+        assert (runs / "r/logs/rank0.out").read_text().count("megapre: error: ") == attempt

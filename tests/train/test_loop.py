@@ -17,8 +17,8 @@ from megapre import checkpoint
 from megapre.checkpoint import commit
 from megapre.config import Config, load
 from megapre.train import loop, report
+from megapre.train.changes import ResumeError
 from megapre.train.folder import read_metrics
-from megapre.train.save import ResumeError
 from megapre.train.step import Engine, StepResult
 
 Tiny = Callable[..., Config]

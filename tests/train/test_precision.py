@@ -13,9 +13,9 @@ from megapre.config import Config, load
 from megapre.plan import fullest_rank
 from megapre.train import loop
 from megapre.train.bench import made_up
+from megapre.train.changes import ResumeError
 from megapre.train.folder import read_metrics
 from megapre.train.report import SKIPS_IN_ROW
-from megapre.train.save import ResumeError
 from megapre.train.step import Engine, StepResult
 
 CPU = torch.device("cpu")

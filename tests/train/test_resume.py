@@ -10,7 +10,7 @@ from megapre import checkpoint
 from megapre.config import Config
 from megapre.data import DataError, tokenize, train_tokenizer
 from megapre.train import evaluate, loop
-from megapre.train.save import ResumeError
+from megapre.train.changes import ResumeError
 from megapre.train.settle import settle
 
 Tiny = Callable[..., Config]
