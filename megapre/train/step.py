@@ -204,12 +204,13 @@ class Engine:
             self.flat.exchange.ready()
 
     def _valid_tokens(self, batch: GlobalBatch) -> Tensor | float:
-        replicas = self.groups.dp_cp
-        if replicas.size == 1:
+        groups = self.groups
+        if groups.dp_cp.size == 1:
             return float(batch.valid_tokens)
         tokens = torch.full((), float(batch.valid_tokens), dtype=torch.float64, device=self.device)
-        dist.all_reduce(tokens, group=replicas.handle)
-        return tokens
+        # In the replicas' own group it would queue behind the parameters that are still being handed round.
+        dist.all_reduce(tokens, group=groups.world.handle)
+        return tokens / (groups.world.size // groups.dp_cp.size)
 
     def _over_all_ranks(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sum of the replicas' losses, the norm of all gradients from those of the ranks, and the number of those
