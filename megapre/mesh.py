@@ -52,10 +52,10 @@ class Mesh:
         if self.world % replica:
             below, above = self.world // replica * replica, -(-self.world // replica) * replica
             nearest = f"{below} or {above}" if below else f"{above}"
+            here = f"{self.world} rank{'s' if self.world > 1 else ''}"
             raise MeshError(
-                f"mesh: a world of {self.world} ranks cannot be cut into replicas of tp*pp*cp = "
-                f"{self.tp}*{self.pp}*{self.cp} = {replica} ranks ({self.world} % {replica} = {self.world % replica}); "
-                f"nearest: world {nearest}"
+                f"mesh: a world of {here} cannot be cut into replicas of tp*pp*cp = {self.tp}*{self.pp}*{self.cp} = "
+                f"{replica} ranks ({self.world} % {replica} = {self.world % replica}); nearest: world {nearest}"
             )
 
     @classmethod

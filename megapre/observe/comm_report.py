@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from dataclasses import asdict
+from math import floor, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def describe(link: Link | str) -> str:
     if isinstance(link, str):
         return f"no fit: {link}"
     return (
-        f"latency {link.latency * 1e6:.3g} us, bus bandwidth {link.bandwidth / 1e9:.3g} GB/s; the fit is off by "
+        f"latency {micro(link.latency)} us, bus bandwidth {gb(link.bandwidth)} GB/s; the fit is off by "
         f"{link.error:.1%} at the median, {link.worst:.0%} at most"
     )
 
@@ -54,13 +55,19 @@ def describe(link: Link | str) -> str:
 def cells(row: Row, link: Link | str) -> list[str]:
     fitted = "" if isinstance(link, str) else micro(link.seconds(row.collective, row.size, row.ranks))
     times = [micro(seconds) for seconds in (row.p20, row.p50, row.p80)]
-    rates = [f"{rate / 1e9:.3f}" for rate in (row.algorithm_bandwidth, row.bus_bandwidth)]
+    rates = [gb(rate) for rate in (row.algorithm_bandwidth, row.bus_bandwidth)]
     return [_bytes(row.size), *times, *rates, fitted, row.wrong or "correct"]
 
 
 def micro(seconds: float) -> str:
     us = seconds * 1e6
     return f"{us:.2f}" if us < 100 else f"{us:,.0f}"
+
+
+def gb(rate: float) -> str:
+    """Bytes/s in GB/s: three digits, no exponent."""
+    places = 2 - floor(log10(rate / 1e9)) if rate > 0 else 0
+    return f"{rate / 1e9:,.{min(max(places, 0), 9)}f}"
 
 
 def _bytes(size: int) -> str:

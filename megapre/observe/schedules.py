@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .. import schedule as schedules
 from ..errors import UserError
 from ..plan import comm_profile as profiles
+from ..plan.box import counted
 from ..schedule import BUILDERS, Costs, Schedule, ScheduleError
 from ..schedule.compare import Row, best
 from ..schedule.compare import compare as rows_of
@@ -87,10 +88,10 @@ def check(schedule: Schedule, in_flight: int | None = None, unreceived: int | No
     actions = sum(map(len, schedule))
     if not problems:
         most = max(map(schedules.peak_in_flight, schedule))
+        sizes = f"{counted(schedule.ranks, 'rank')}, {counted(schedule.chunks, 'chunk')}"
         print(
-            f"{schedule.name}: {actions:,} actions of {schedule.ranks} ranks, {schedule.chunks} chunks and "
-            f"{schedule.micro_batches} micro-batches are complete and cannot deadlock; at most {most} activations in "
-            f"flight on a rank"
+            f"{schedule.name}: {actions:,} actions of {sizes} and {counted(schedule.micro_batches, 'micro-batch')} are "
+            f"complete and cannot deadlock; at most {counted(most, 'activation')} in flight on a rank"
         )
     return 1 if problems else 0
 
@@ -100,7 +101,7 @@ def compare(sizes: Sizes, times: str, in_flight: float | None = None, memory: fl
     if memory is not None:
         raise ScheduleError("compare: --memory needs a RECIPE, whose model gives the bytes; without, use --in-flight")
     rows = rows_of(sizes.ranks, sizes.micro_batches, sizes.chunks, lambda plan: equal_costs(plan, times))
-    print(f"{sizes.ranks} ranks, {sizes.micro_batches} micro-batches, messages cost nothing\n")
+    print(f"{counted(sizes.ranks, 'rank')}, {counted(sizes.micro_batches, 'micro-batch')}, messages cost nothing\n")
     return _print(rows, "", in_flight, None)
 
 
@@ -162,7 +163,7 @@ def compare_recipe(
         layout.group or None,
     )
     print(
-        f"{cfg.name}: tp {layout.tp}, pp {layout.pp}, cp {layout.cp}, dp {dp}; {counts} micro-batches of "
+        f"{cfg.name}: tp {layout.tp}, pp {layout.pp}, cp {layout.cp}, dp {dp}; {counted(counts, 'micro-batch')} of "
         f"{cfg.batch.micro} x {cfg.batch.seq_length:,} tokens\n{device.names[0]} at {mfu:.0%} of {peak / 1e12:.0f} "
         f"TFLOP/s, messages and replicas {link:.4g} GB/s + {latency:.4g} us, "
         f"tensor-parallel ranks {tp_link:.4g} GB/s\n"

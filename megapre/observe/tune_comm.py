@@ -112,7 +112,7 @@ def _run(cfg: Config, request: Request, ranks: Ranks, out: str | None, profile: 
         kept = {name: value for name, value in (old.chosen if old else {}).items() if name not in tuning.measured}
         comm_profile.write(file, ranks.key(), chosen={**kept, **tuning.chosen})
         named = profile or comm_profile.AUTO
-        print(f"profile written to {file}; runs with layout.comm_profile={named} use it: {tuning.chosen or 'defaults'}")
+        print(f"profile written to {file}; runs with layout.comm_profile={named} use it")
     return 0
 
 

@@ -71,7 +71,7 @@ def _batch(plan: Plan) -> str:
     batch, dp = plan.cfg.batch, plan.mesh.dp
     return (
         f"{batch.global_:,} sequences x {batch.seq_length:,} = {batch.tokens:,} tokens a step\n"
-        f"= {batch.micro} in a micro-batch x {plan.micro_batches} micro-batches x {dp} replica{'s' if dp > 1 else ''}"
+        f"= {batch.micro} in a micro-batch x {counted(plan.micro_batches, 'micro-batch')} x {counted(dp, 'replica')}"
     )
 
 
@@ -102,6 +102,11 @@ def _device(plan: Plan) -> str:
     if plan.peak is None:
         return f"{plan.device}, {dtype}; peak unknown, mfu n/a"
     return f"{plan.device}, {dtype}, dense peak {scaled(plan.peak)}FLOP/s = 100% mfu"
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things: "1 replica", "12 micro-batches"."""
+    return f"{number:,} {thing}{'' if number == 1 else 'es' if thing.endswith('ch') else 's'}"
 
 
 def scaled(value: float) -> str:

@@ -184,3 +184,10 @@ def test_a_report_says_why_there_is_no_fit(tmp_path: Path) -> None:
     content = json.loads(Path(json_file.removeprefix("written: ")).read_text())
     assert "2 sizes give no latency" in content["links"][0]["none"]
     assert (tmp_path / "comm_cpu-r_1x2_2026-11-21.md").exists()
+
+
+def test_rates_and_latencies_are_plain_numbers() -> None:
+    rates = (0.0, 3.14e5, 2.63e6, 2.34e7, 1.29e9, 4.21e10, 1.234e12)
+    shown = ["0", "0.000314", "0.00263", "0.0234", "1.29", "42.1", "1,234"]
+    assert [comm_report.gb(rate) for rate in rates] == shown
+    assert comm_report.describe(Link(1.19e-3, 3e5)).startswith("latency 1,190 us, bus bandwidth 0.000300 GB/s;")

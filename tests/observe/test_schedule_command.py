@@ -36,7 +36,7 @@ def test_check_of_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     path = tmp_path / "mine.txt"
     path.write_text("chunks: 1\nmicro-batches: 2\nrank 0: F0.0 F1.0 B0.0 B1.0\nrank 1: F0.0 B0.0 F1.0 B1.0\n")
     assert run(monkeypatch, "check", str(path)) == 0
-    assert "mine: 8 actions of 2 ranks, 1 chunks and 2 micro-batches are complete" in capsys.readouterr().out
+    assert "mine: 8 actions of 2 ranks, 1 chunk and 2 micro-batches are complete" in capsys.readouterr().out
     assert run(monkeypatch, "check", str(path), "--in-flight", "1") == 1
     assert "rank 0 holds 2 activations after action 1 (F1.0), more than 1" in capsys.readouterr().out
     path.write_text(path.read_text().replace("F1.0 B1.0\n", "B1.0\n"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megapre.config import ConfigError, load, recipe_names
 from megapre.mesh import Mesh
 from megapre.plan import fullest_rank, per_token, predict, render
-from megapre.plan.box import gib, scaled
+from megapre.plan.box import counted, gib, scaled
 from megapre.plan.hardware import DEVICES
 from megapre.train import planned
 
@@ -99,3 +99,8 @@ def test_the_box_says_what_serves_which_calls() -> None:
         "cudnn_or_triton: attention (dense: cudnn, or sdpa where that cannot; documents, windows, lse: triton)" in words
     )
     assert "triton: rope " in words
+
+
+def test_one_thing_is_no_plural() -> None:
+    assert [counted(n, "micro-batch") for n in (1, 1200)] == ["1 micro-batch", "1,200 micro-batches"]
+    assert [counted(n, "replica") for n in (0, 1)] == ["0 replicas", "1 replica"]

@@ -37,7 +37,7 @@ def recipe(tiny: Tiny, tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["layout.tp=2"], "a world of 1 ranks cannot be cut into replicas of tp*pp*cp = 2*1*1 = 2 ranks"),
+        (["layout.tp=2"], "a world of 1 rank cannot be cut into replicas of tp*pp*cp = 2*1*1 = 2 ranks"),
         (["layout.pp=2"], "several ranks are started by `megapre launch local` or torchrun"),
         (["layout.dp=4", "batch.global=8"], "= 4 ranks, but there are 1; nearest: 4 ranks, dp 1"),
         (["model.vocab=100"], "model.vocab = 100 is smaller than the vocabulary of"),
