@@ -88,6 +88,8 @@ def _run(cfg: Config, resume: bool, here: Place, device: torch.device) -> int:
         if cfg.layout.comm_profile:
             screen.say(f"communication profile {chosen.state}")
         screen.say(box(plan, engine.ops.names, str(folder.path)))
+        if resume and saver.saved_step is None:  # below the box, where a mistaken name is seen
+            screen.say(f"--resume: {folder.path} holds no checkpoint yet: beginning at step 1")
         vote = Vote(stop, here.world)
         with loader, Report(cfg, device, folder, screen, plan, progress) as report:
             try:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from megapre.config import Config
+    from megapre.config.schema import Model
     from megapre.mesh import Mesh
     from megapre.parallel.comm import Place
 
@@ -52,11 +53,22 @@ def plan_of(cfg: Config, device: torch.device, mesh: Mesh, here: Place) -> plan.
 def box(found: plan.Plan, used: dict[str, str], run_folder: str) -> str:
     """The boxed plan with this machine's kernels, by class of calls where that matters, and the folder of the run."""
     by_name: dict[str, list[str]] = {}
+    absent = others(found.cfg.model)
     for op, name in used.items():
+        if op in absent:
+            continue
         classes = kernels.serves(op, name)
         by_name.setdefault(name, []).append(f"{op} ({classes})" if classes else op)
     lines = "\n".join(f"{name}: {', '.join(ops)}" for name, ops in sorted(by_name.items()))
     return plan.render(found, {"precision": precision(found.cfg), "kernels": lines, "run folder": run_folder})
+
+
+def others(model: Model) -> set[str]:
+    """The ops of norms, positions and activations that `model` does not have."""
+    choices = {"layer_norm", "rms_norm", "rope", "rope_", "gelu", "swiglu", "geglu"}
+    own = {"layer_norm" if model.norm == "layernorm" else "rms_norm", model.activation}
+    own |= {"rms_norm"} if model.qk_norm else set()
+    return choices - own - ({"rope", "rope_"} if model.positions == "rope" else set())
 
 
 def precision(cfg: Config) -> str:

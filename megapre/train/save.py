@@ -81,7 +81,6 @@ class Saver:
         ranks = engine.groups.world.handle
         manifest = checkpoint.newest_verified(self.folder.checkpoints, self.screen.say, ranks)
         if manifest is None:
-            self.screen.say(f"{self.folder.path} holds no checkpoint yet: beginning at step 1")
             self.folder.cut_metrics(0)
             return Progress()
         facts = manifest.facts

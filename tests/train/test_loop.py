@@ -250,3 +250,12 @@ def test_a_last_save_that_fails_is_not_success(
     monkeypatch.setattr(os, "fsync", no_space)
     assert loop.run(tiny("run.steps=2")) == 1
     assert "No space left" in capfd.readouterr().out
+
+
+def test_a_resume_of_no_run_is_told_below_the_box(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert loop.run(tiny("run.steps=2"), resume=True) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = next(i for i, line in enumerate(lines) if line.startswith("--resume: ") and "no checkpoint yet" in line)
+    assert lines[told - 1].startswith("╰") and lines[told + 1].startswith("step 1/2")
+    assert loop.run(tiny("run.steps=3"), resume=True) == 0
+    assert "no checkpoint yet" not in capsys.readouterr().out

@@ -8,7 +8,7 @@ from megapre.mesh import Mesh
 from megapre.parallel.comm import Place
 from megapre.plan.memory import all_ranks
 from megapre.train import machine
-from megapre.train.planned import TooLarge, plan_of
+from megapre.train.planned import TooLarge, others, plan_of
 
 UNEQUAL = (
     "layout.pp=2",
@@ -40,3 +40,10 @@ def test_one_rank_is_told_without_a_word_on_ranks(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(machine, "memory_size", lambda _: 1000)
     with pytest.raises(TooLarge, match=r"moments alone, but .* has 1.0K; choose a smaller model$"):
         plan_of(load("debug", ["model.vocab=300"]), torch.device("cpu"), Mesh(1), Place())
+
+
+def test_the_box_leaves_out_what_the_model_has_not() -> None:
+    llama, gpt = load("debug").model, load("gpt2-124m").model
+    assert others(gpt) == {"rms_norm", "rope", "rope_", "swiglu", "geglu"}
+    assert others(llama) == {"layer_norm", "gelu", "geglu"}
+    assert "rms_norm" not in others(gpt.model_copy(update={"qk_norm": True}))
