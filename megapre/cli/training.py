@@ -11,7 +11,8 @@ from .options import DEVICE, OVERRIDES, RECIPE, RUN, Launcher, WithKnobs
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run folder.")
 @click.option("--print-config", is_flag=True, help="Print the resolved config as TOML and stop.")
 @click.option("--dry-run", is_flag=True, help="Print mesh, stages, memory and schedule on world=N ranks and stop.")
-def train(recipe: str, overrides: tuple[str, ...], resume: bool, print_config: bool, dry_run: bool) -> int:
+@click.option("--gpu", default="", help="What --dry-run plans for.  [default: NVIDIA H100 80GB HBM3]")
+def train(recipe: str, overrides: tuple[str, ...], resume: bool, print_config: bool, dry_run: bool, gpu: str) -> int:
     """Train a model by a recipe.
 
     RECIPE with its KEY=VALUE overrides runs in the folder run.dir/name.
@@ -26,7 +27,7 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool, print_config: b
         from ..observe import dry_run as dry
 
         world, overrides = dry.world_of(overrides)
-        return dry.run(load(recipe, overrides), world)
+        return dry.run(load(recipe, overrides), world, gpu or dry.GPU)
     cfg = load(recipe, overrides)
     if print_config:
         click.echo(to_toml(cfg), nl=False)

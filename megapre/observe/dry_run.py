@@ -17,17 +17,18 @@ from ..errors import UserError
 from ..mesh import Mesh
 from ..plan import find, predict, render
 from ..plan.box import gib
+from ..plan.hardware import DEVICES
 from ..plan.memory import all_ranks
 from ..plan.partition import balanced, costs, layers_of_stages, schedule_of
 from ..plan.stages import Rates, stage_costs
 from ..schedule.draw import draw, summary
 
 GPU, MFU = "NVIDIA H100 80GB HBM3", 0.5
-"""What times are worked out for. The picture hardly depends on it: it is a matter of ratios."""
+"""What times are worked out for unless told. The picture hardly depends on it: it is a matter of ratios."""
 
 
 class DryRunError(UserError):
-    """A world that is not a number of ranks."""
+    """A world that is not a number of ranks, or a GPU that nothing is known of."""
 
 
 def world_of(overrides: Sequence[str]) -> tuple[int, tuple[str, ...]]:
@@ -39,8 +40,8 @@ def world_of(overrides: Sequence[str]) -> tuple[int, tuple[str, ...]]:
     return int(worlds[-1]) if worlds else 0, tuple(o for o in overrides if not o.startswith("world="))
 
 
-def run(cfg: Config, world: int = 0) -> int:
-    """Prints what `cfg` on `world` ranks would be (0: as few as its layout needs). Returns 0.
+def run(cfg: Config, world: int = 0, gpu: str = GPU) -> int:
+    """Prints what `cfg` on `world` ranks would be (0: as few as its layout needs), each a `gpu`. Returns 0.
 
     A vocabulary that is left to the data is read from their sidecar. Raises MeshError, ConfigError, DataError,
     StageError or ScheduleError for what cannot be.
@@ -48,19 +49,21 @@ def run(cfg: Config, world: int = 0) -> int:
     cfg = with_vocab_of_data(cfg)
     layout = cfg.layout
     mesh = Mesh.of(layout, world or layout.model_parallel * max(layout.dp, 1))
-    device = find(GPU)
-    assert device is not None
+    device = find(gpu)
+    if device is None:
+        known = ", ".join(row.names[0] for row in DEVICES)
+        raise DryRunError(f"no peaks are known of --gpu {gpu!r}; known are {known}")
     rates = Rates(device.bf16 * MFU, device.bandwidth)
     actions = schedule.checked(schedule_of(cfg, mesh.dp))
     timeline = schedule.simulate(actions, stage_costs(cfg, layout.vpp, rates, actions.placement))
-    print(render(predict(cfg, mesh, "cuda", GPU)))
+    print(render(predict(cfg, mesh, "cuda", gpu)))
     if layout.pp == 1:
         return 0
     print("", *stage_table(cfg, mesh, actions), "", sep="\n")
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else 100
     print(draw(timeline, width, terminal), "", summary(timeline), sep="\n")
-    print(f"seconds on {GPU} at {MFU:.0%} of its peak")
+    print(f"seconds on {gpu} at {MFU:.0%} of its peak")
     return 0
 
 

@@ -85,6 +85,14 @@ def test_what_cannot_be_is_told_before_anything_is_printed(capsys: pytest.Captur
     assert capsys.readouterr().out == ""
 
 
+def test_another_gpu_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run.run(load("llama3-8b", ["layout.pp=4"]), gpu="NVIDIA H200") == 0
+    out = capsys.readouterr().out
+    assert "device      NVIDIA H200" in out and "seconds on NVIDIA H200 at" in out and "H100" not in out
+    with pytest.raises(dry_run.DryRunError, match=r"--gpu 'abacus'; known are NVIDIA A100"):
+        dry_run.run(load("llama3-8b"), gpu="abacus")
+
+
 def test_the_world_is_taken_from_the_overrides() -> None:
     assert dry_run.world_of(["a.b=1", "world=16", "c=2"]) == (16, ("a.b=1", "c=2"))
     assert dry_run.world_of(["a.b=1"]) == (0, ("a.b=1",))
