@@ -68,9 +68,10 @@ def native(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    if not torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
