@@ -27,7 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from train_step import RESULTS, ROOT, about, hardware
+from train_step import RESULTS, ROOT, about, hardware, typed
 
 # What sets GNU OpenMP, torch and glibc back to what they do by themselves.
 PLAIN_RUNTIME = {"GOMP_SPINCOUNT": "300000", "THP_MEM_ALLOC_ENABLE": "0"}
@@ -95,7 +95,7 @@ def table(found: dict[str, list[dict[str, float]]]) -> list[str]:
     for runs in found.values():
         for run in runs:
             run["all"] = sum(run[part] for part in parts)
-    lines = [f"# The demo on {hardware('cpu')}", "", f"`python {' '.join(sys.argv)}`: {about()}", ""]
+    lines = [f"# The demo on {hardware('cpu')}", "", f"`{typed()}`: {about()}", ""]
     lines += [f"| s | {' | '.join(modes)} | {modes[0]} / {modes[-1]} |", "|---|" + "---:|" * (len(modes) + 1)]
     for part in (*parts, "all", STEP, LOSS):
         least = [min(run[part] for run in found[mode]) for mode in modes]

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from train_step import RESULTS, about, hardware
+from train_step import RESULTS, about, hardware, typed
 
 from megapre.config import Config
 from megapre.data import GlobalBatch, MicroBatch
@@ -241,7 +241,7 @@ def main() -> None:
     lines = [
         f"# Exchange between replicas behind computation, {where}",
         "",
-        f"`python {' '.join(sys.argv)}`: {about()}",
+        f"`{typed()}`: {about()}",
     ]
     lines += ["", setting, "", *lines_of(rows)]
     print("\n".join(lines))

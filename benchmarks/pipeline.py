@@ -37,7 +37,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
-from train_step import RESULTS, about, hardware
+from train_step import RESULTS, about, hardware, typed
 
 from megapre.mesh import Mesh
 from megapre.parallel.comm import connect
@@ -333,7 +333,7 @@ def main() -> None:
     rows = [measured(case, 3 if case["seconds"] else arguments.rounds) for case in cases]
     rows += alone(arguments.rounds) if "alone" in kinds else []
     where = hardware("cpu")
-    lines = [f"# Pipeline on {where}", "", f"`python {' '.join(sys.argv)}`: {about()}", "", *lines_of(rows)]
+    lines = [f"# Pipeline on {where}", "", f"`{typed()}`: {about()}", "", *lines_of(rows)]
     print("\n".join(lines))
     arguments.out.mkdir(exist_ok=True)
     name = f"pipeline_{where}_{datetime.date.today().isoformat()}"

@@ -18,12 +18,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from train_step import RESULTS, about, hardware
+from train_step import RESULTS, about, hardware, typed
 
 from megapre.schedule import BUILDERS, Action, Costs, Schedule, build, check, simulate
 from megapre.schedule.formulas import bubble
@@ -40,7 +39,7 @@ def main() -> None:
     small = [ours("interleaved", SMALL, repeats), torchs(SMALL, repeats)]
     bubbles = [lost(name, 8, 2 if name == "breadth_first" else row.least, 32) for name, row in BUILDERS.items()]
     where = hardware("cpu")
-    lines = [f"# Schedules on {where}", "", f"`python {' '.join(sys.argv)}`: {about()}", ""]
+    lines = [f"# Schedules on {where}", "", f"`{typed()}`: {about()}", ""]
     lines += timings("64 ranks, 512 micro-batches", large)
     lines += timings("16 ranks, 128 micro-batches, 4 chunks: the peer", small)
     lines += ["## 8 ranks, 32 micro-batches", ""]

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from train_step import RESULTS, ROOT, about, hardware
+from train_step import RESULTS, ROOT, about, hardware, typed
 
 FEW = 6  # steps of the demo that are waited for
 
@@ -55,7 +55,7 @@ def main() -> None:
         ),
     ]
     where = hardware("cpu")
-    lines = [f"# Start-up on {where}", "", f"`python {' '.join(sys.argv)}`: {about()}", ""]
+    lines = [f"# Start-up on {where}", "", f"`{typed()}`: {about()}", ""]
     lines += ["| what | s | against | s | ratio | goal |", "|---|---:|---|---:|---:|---:|"]
     for what, value, against, base, goal in rows:
         lines.append(f"| {what} | {value:.3f} | {against} | {base:.3f} | {value / base:.2f} | {goal} |")

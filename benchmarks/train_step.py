@@ -316,6 +316,13 @@ def about() -> Row:
     return {**versions, "commit": commit.stdout.strip(), "threads": torch.get_num_threads()}
 
 
+def typed() -> str:
+    """What was typed, but for the folder of the results: that is one machine's."""
+    words = iter(sys.argv)
+    kept = [word for word in words if word != "--out" or not next(words)]
+    return " ".join(["python", *(word for word in kept if not word.startswith("--out="))])
+
+
 def hardware(device: str) -> str:
     """The device in a word: part of the result's name."""
     import torch
@@ -330,7 +337,7 @@ def table(rows: list[Row], products: Row, profiles: Row, arguments: argparse.Nam
     where = hardware(arguments.device)
     name = f"train_step_{where}_{datetime.date.today().isoformat()}"
     facts = ", ".join(f"{key} {value}" for key, value in about().items())
-    lines = [f"# Training step on {where}", "", f"`python {' '.join(sys.argv)}`: {facts}", ""]
+    lines = [f"# Training step on {where}", "", f"`{typed()}`: {facts}", ""]
     cases = {case: f"{n} x {length} tokens" for case, n, length in SETTINGS[arguments.device]["cases"]}
     for case in dict.fromkeys(row["case"] for row in rows):
         these = [row for row in rows if row["case"] == case]
