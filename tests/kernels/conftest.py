@@ -5,12 +5,16 @@ names in OP or its marker names: `@pytest.mark.op("geglu")`. Those that refuse s
 their own: test_partial_rows.py.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from megapre import kernels
+from megapre.kernels.third_party import found
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,3 +49,28 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts functions under a module's name, and empty packages above it."""
+
+    def put(name: str, **functions: Any) -> None:
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            path = ".".join(parts[:depth])
+            if path not in sys.modules:
+                monkeypatch.setitem(sys.modules, path, ModuleType(path))
+        for key, function in functions.items():
+            monkeypatch.setattr(sys.modules[name], key, function, raising=False)
+
+    return put
+
+
+@pytest.fixture
+def nothing_real() -> Iterator[None]:
+    """A library that is installed keeps its place: these tests are for machines without it."""
+    real = [name for name in ("liger_kernel", "transformer_engine", "amp_C", "flash_attn") if found.there(name)]
+    if real and any(getattr(sys.modules.get(name), "__file__", None) for name in real):
+        pytest.skip(f"{real} are imported here")
+    yield
