@@ -94,6 +94,25 @@ struct RowGradient {
     }
     Vector<T, N>::from(a).store(out);
   }
+
+  // V vectors of a row, `threads` apart from the one at `from` on: all are loaded before the first is written.
+  template <int V, typename T, int N>
+  __device__ __forceinline__ void write_batch(
+      const RowSpan<T, N>& span, const T* x, T* out, int from, int threads) const {
+    Vector<T, N> batch[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      if (from + v * threads < span.vectors) {
+        batch[v] = Vector<T, N>::load(x + span.column(from + v * threads));
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      if (from + v * threads < span.vectors) {
+        write(batch[v], out + span.column(from + v * threads));
+      }
+    }
+  }
 };
 
 template <typename T, int N>
@@ -266,19 +285,7 @@ __global__ void __launch_bounds__(512) cross_entropy_twice_kernel(CrossEntropy<T
   const RowGradient gradient(op, row, label, softmax_reference(all.top), all.sum, all.top + log_sum);
   const int step = V * threads;
   for (int from = thread + (span.vectors - 1) / step * step; from >= 0; from -= step) {
-    Vector<T, N> batch[V];
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      if (from + v * threads < span.vectors) {
-        batch[v] = Vector<T, N>::load(x + span.column(from + v * threads));
-      }
-    }
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      if (from + v * threads < span.vectors) {
-        gradient.write(batch[v], x + span.column(from + v * threads));
-      }
-    }
+    gradient.write_batch<V>(span, x, x, from, threads);
   }
   if (const int at = span.single(thread); at >= 0) {
     gradient.write(Vector<T, 1>::load(x + at), x + at);
@@ -314,19 +321,7 @@ __global__ void __launch_bounds__(512) cross_entropy_gradient_kernel(CrossEntrop
   const RowGradient gradient(op, row, label, lse, 1.0f, lse);
   const RowSpan<T, N> span(x, op.columns);
   const float at_label = read_label(x, span, label, thread, threads);
-  Vector<T, N> batch[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    if (thread + v * threads < span.vectors) {
-      batch[v] = Vector<T, N>::load(x + span.column(thread + v * threads));
-    }
-  }
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    if (thread + v * threads < span.vectors) {
-      gradient.write(batch[v], out + span.column(thread + v * threads));
-    }
-  }
+  gradient.write_batch<V>(span, x, out, thread, threads);
   if (const int at = span.single(thread); at >= 0) {
     gradient.write(Vector<T, 1>::load(x + at), out + at);
   }
