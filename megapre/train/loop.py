@@ -49,8 +49,9 @@ def run(cfg: Config, resume: bool = False) -> int:
 
     Returns the exit code: 0 done, 1 diverged or not saved at the end, 75 (SIGTERM) or 130 (Ctrl-C) stopped after
     saving, or before there was anything to save. An error within the steps is raised again once the last finished step
-    is saved; one of several ranks cannot save alone, and must end at once for the others to know. Raises UserError
-    subclasses for what the user can mend, before anything is left behind.
+    is saved. It is not saved after an error amid the next update, which leaves weights of two steps; and one of several
+    ranks cannot save alone, and must end at once for the others to know. Raises UserError subclasses for what the user
+    can mend, before anything is left behind.
     """
     here = place(os.environ)
     mesh_of(cfg, here)
@@ -140,10 +141,13 @@ def rescue(progress: Progress, report: Report, saver: Saver, screen: Screen, alo
         report.flush()
     except Exception as error:
         screen.say(f"the last steps could not be reported: {error}")
-    unsaved = progress.step > (saver.saved_step or 0)
-    if unsaved and not alone:
+    unsaved, whole = progress.step > (saver.saved_step or 0), saver.engine.whole
+    if unsaved and not (alone and whole):
         last = "begins anew" if saver.saved_step is None else f"goes back to step {saver.saved_step}"
-        screen.say(f"step {progress.step} is not saved, which all ranks would have to do: --resume {last}")
+        why = "which all ranks would have to do"
+        if not whole:
+            why = f"for the error came amid the update of step {progress.step + 1}, and the weights are of both"
+        screen.say(f"step {progress.step} is not saved, {why}: --resume {last}")
     elif unsaved:
         try:
             saver.save(progress)

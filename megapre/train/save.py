@@ -43,6 +43,7 @@ class Saver:
         """
         begin = time.perf_counter()
         engine, cfg = self.engine, self.engine.cfg
+        assert engine.whole, f"weights of step {progress.step} and of the next are mixed"
         engine.settle()
         try:
             facts = asdict(progress) | {"data": self.order}

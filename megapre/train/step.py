@@ -95,11 +95,13 @@ class Engine:
     """Everything a step works on, on one rank, built from a config whose vocabulary is known.
 
     `groups` are this rank's, of a mesh with the config's layout (`connected`); None: it is the only rank. `models` are
-    its pieces of the model, in model order. Raises KernelUnavailable, and GraphError where run.cuda_graph cannot be.
+    its pieces of the model, in model order. `whole` is whether weights, moments and counts are all of one step: an
+    error amid an update leaves some of the step before. Raises KernelUnavailable, and GraphError where run.cuda_graph
+    cannot be.
     """
 
     def __init__(self, cfg: Config, device: torch.device, groups: Groups | None = None) -> None:
-        self.cfg, self.device = cfg, device
+        self.cfg, self.device, self.whole = cfg, device, True
         self.groups = groups = connected(cfg, Place(), device) if groups is None else groups
         if cfg.run.cuda_graph:
             if why_not := refusal(device, groups.world.size):
@@ -154,8 +156,12 @@ class Engine:
         self.feed.take(batch, self._valid_tokens(batch), stop)
         self.optimizer.lr.fill_(lr)
         if self.recorded is not None and self.feed.fixed is not None and trace is None:
-            return self.recorded(self.feed.fixed.shapes)
-        return self._on_device(trace)
+            self.whole = False  # how far a replay has come, the host does not know
+            result = self.recorded(self.feed.fixed.shapes)
+        else:
+            result = self._on_device(trace)
+        self.whole = True  # nothing may come between here and the count of the step
+        return result
 
     def _on_device(self, trace: Trace | None = None) -> StepResult:
         """The step, of what `feed` and the optimizer's rate hold. On one rank nothing in here depends on the host: run
@@ -180,6 +186,7 @@ class Engine:
         if scale is not None:
             factor = (1.0 if factor is None else factor) / scale
         phase("update")
+        self.whole = False
         self.optimizer.step(None, factor, skipped)
         if self.loss_scale is not None:
             self.loss_scale.update(skipped)

@@ -19,6 +19,7 @@ from megapre.data import load_tokenizer
 from megapre.train import bench, end, loop, sample
 from megapre.train.folder import RunFolder, RunFolderError, read_metrics
 from megapre.train.metrics import Journal
+from megapre.train.save import Progress, Saver
 from megapre.train.screen import Screen
 from megapre.train.step import Engine, StepResult
 
@@ -102,6 +103,75 @@ def test_an_error_within_the_steps_saves_the_last_finished_one(
     assert loop.run(tiny("run.log_every=100"), resume=True) == 0
     curves = [[(r["step"], r["loss"]) for r in read_metrics(tmp_path / name)] for name in ("run", "whole")]
     assert curves[0] == curves[1]
+
+
+def fail_amid_the_update(engine: Engine) -> None:
+    """The second of the optimizer's groups fails, after the first has its new weights."""
+    update, calls = engine.optimizer.adamw_, 0
+    assert len(engine.optimizer.groups) > 1
+
+    def failing(*args: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("out of memory")
+        return update(*args, **options)
+
+    engine.optimizer.adamw_ = failing
+
+
+@pytest.mark.parametrize(("every", "kept", "resumes"), [(0, None, "begins anew"), (3, 6, "goes back to step 6")])
+def test_an_error_amid_an_update_saves_nothing_of_it(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    every: int,
+    kept: int | None,
+    resumes: str,
+) -> None:
+    assert loop.run(tiny("name=whole")) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, fail_amid_the_update)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            loop.run(tiny(f"checkpoint.every={every}"))
+    out = capfd.readouterr().out
+    assert "step 7 is not saved, for the error came amid the update of step 8, and the weights are of both: " in out
+    assert f"--resume {resumes}" in out
+    assert newest(tmp_path / "run") == kept
+    assert loop.run(tiny(f"checkpoint.every={every}"), resume=True) == 0
+    curves = [[(r["step"], r["loss"]) for r in read_metrics(tmp_path / name)] for name in ("run", "whole")]
+    assert curves[0] == curves[1]
+
+
+def fail_after_the_update(engine: Engine) -> None:
+    """What comes last in a step fails: the state is all of the next step, but that is not counted yet."""
+    step = engine._on_device
+
+    def failing(*args: object) -> StepResult:
+        step(*args)  # type: ignore[arg-type]
+        raise RuntimeError("out of memory")
+
+    engine._on_device = failing  # type: ignore[method-assign, assignment]
+
+
+def test_a_step_that_is_not_counted_is_not_saved_as_the_one_before(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 8, fail_after_the_update)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.run(tiny("checkpoint.every=5"))
+    assert newest(tmp_path / "run") == 5
+
+
+def test_nothing_can_save_a_half_made_update(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[Saver] = []
+    monkeypatch.setattr(loop, "Saver", lambda *args: saved.append(Saver(*args)) or saved[0])
+    at_step(monkeypatch, 3, fail_amid_the_update)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.run(tiny())
+    with pytest.raises(AssertionError, match="weights of step 2 and of the next are mixed"):
+        saved[0].save(Progress(2))
 
 
 def test_an_error_in_the_first_step_leaves_nothing_and_in_the_second_all(
