@@ -11,6 +11,10 @@ DEVICE = click.option(
 )
 JSON_KEY = click.option("--json-key", default="text", show_default=True, help="Field or column with the text.")
 RUN = click.argument("run", type=click.Path())
+RESUME = click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run folder.")
+REORDER = click.option(
+    "--reorder-data", "reorder", is_flag=True, help="With --resume: though the samples come in another order now."
+)
 
 
 class WithKnobs(click.Command):

@@ -2,17 +2,26 @@
 
 import click
 
-from .options import DEVICE, OVERRIDES, RECIPE, RUN, Launcher, WithKnobs
+from .options import DEVICE, OVERRIDES, RECIPE, REORDER, RESUME, RUN, Launcher, WithKnobs
 
 
 @click.command(cls=WithKnobs)
 @RECIPE
 @OVERRIDES
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run folder.")
+@RESUME
+@REORDER
 @click.option("--print-config", is_flag=True, help="Print the resolved config as TOML and stop.")
 @click.option("--dry-run", is_flag=True, help="Print mesh, stages, memory and schedule on world=N ranks and stop.")
 @click.option("--gpu", default="", help="What --dry-run plans for.  [default: NVIDIA H100 80GB HBM3]")
-def train(recipe: str, overrides: tuple[str, ...], resume: bool, print_config: bool, dry_run: bool, gpu: str) -> int:
+def train(
+    recipe: str,
+    overrides: tuple[str, ...],
+    resume: bool,
+    reorder: bool,
+    print_config: bool,
+    dry_run: bool,
+    gpu: str,
+) -> int:
     """Train a model by a recipe.
 
     RECIPE with its KEY=VALUE overrides runs in the folder run.dir/name.
@@ -23,6 +32,8 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool, print_config: b
     """
     from ..config import load, to_toml
 
+    if reorder and not resume:
+        raise click.UsageError("--reorder-data is for a run that goes on: it needs --resume")
     if dry_run:
         from ..observe import dry_run as dry
 
@@ -34,7 +45,7 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool, print_config: b
         return 0
     from ..train import loop
 
-    return loop.run(cfg, resume=resume)
+    return loop.run(cfg, resume=resume, reorder=reorder)
 
 
 @click.group()
@@ -46,9 +57,10 @@ def launch() -> None:
 @RECIPE
 @OVERRIDES
 @click.option("--nproc", default=0, type=click.IntRange(0), help="Ranks.  [default: as many as the layout needs]")
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run folder.")
+@RESUME
+@REORDER
 @click.option("--grace", default=300.0, show_default=True, type=click.FloatRange(0), help="Seconds to save and end in.")
-def launch_local(recipe: str, overrides: tuple[str, ...], nproc: int, resume: bool, grace: float) -> int:
+def launch_local(recipe: str, overrides: tuple[str, ...], nproc: int, resume: bool, reorder: bool, grace: float) -> int:
     """Train by a recipe with several ranks on this machine.
 
     Starts `megapre train` for each rank, as torchrun would, shows what the ranks say line by line, and ends them
@@ -61,6 +73,8 @@ def launch_local(recipe: str, overrides: tuple[str, ...], nproc: int, resume: bo
     """
     from ..config import load
 
+    if reorder and not resume:
+        raise click.UsageError("--reorder-data is for a run that goes on: it needs --resume")
     if [recipe, *overrides[:1]] in Launcher.VERBS:
         if nproc == 0 or resume:
             raise click.UsageError(f"{recipe} {overrides[0]} needs --nproc, before it, and has nothing to resume")
@@ -70,7 +84,7 @@ def launch_local(recipe: str, overrides: tuple[str, ...], nproc: int, resume: bo
     cfg = load(recipe, overrides)
     from ..launch import local
 
-    return local.run(cfg, recipe, overrides, nproc, resume=resume, grace=grace)
+    return local.run(cfg, recipe, overrides, nproc, resume=resume, reorder=reorder, grace=grace)
 
 
 @click.command("eval")

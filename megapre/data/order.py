@@ -43,8 +43,9 @@ def planned_samples(cfg: "Config") -> int:
     return cfg.batch.global_ * cfg.run.steps
 
 
-def compare_order(before: dict[str, Any], cfg: "Config") -> None:
-    """Raises DataError unless `cfg` gives the samples of the run that wrote `before`, in the same order.
+def compare_order(before: dict[str, Any], cfg: "Config", reorder: bool = False) -> None:
+    """Raises DataError unless `cfg` gives the samples of the run that wrote `before` and, unless `reorder`, in the same
+    order.
 
     A dataset may have moved. Where another number of samples is planned, the index of both is built and compared.
     """
@@ -55,7 +56,7 @@ def compare_order(before: dict[str, Any], cfg: "Config") -> None:
     if len(then) != len(now):
         raise DataError(f"it was trained on {len(then)} sources, but now reads {len(now)}; give it those it began with")
     planned = before["samples"]
-    if planned == planned_samples(cfg):
+    if reorder or planned == planned_samples(cfg):
         return
     first, second = _parts(cfg, planned), _parts(cfg, planned_samples(cfg))
     for prefix in sorted(first.keys() & second.keys()):
@@ -67,7 +68,8 @@ def compare_order(before: dict[str, Any], cfg: "Config") -> None:
             raise DataError(
                 f"run.steps = {steps} planned {epochs[0]} epochs of {prefix}, run.steps = {cfg.run.steps} plans "
                 f"{epochs[1]}, and epochs are shuffled together, so its samples would come in another order; keep "
-                f"run.steps = {steps}, or choose a number of steps that needs just as much of each source"
+                f"run.steps = {steps}, choose a number of steps that needs just as much of each source, or resume with "
+                f"--reorder-data if that is meant"
             )
 
 

@@ -12,7 +12,7 @@ from megapre.mesh import Mesh
 from megapre.plan.partition import schedule_of
 from megapre.train import cpu_runtime
 from megapre.train.changes import changes
-from megapre.train.folder import RunFolder
+from megapre.train.folder import RunFolder, newest_checkpoint
 from megapre.train.settle import settle
 
 from .processes import STOPPED, launch
@@ -22,7 +22,13 @@ REFUSED = 2
 
 
 def run(
-    cfg: Config, recipe: str, overrides: Sequence[str], nproc: int = 0, resume: bool = False, grace: float = 300.0
+    cfg: Config,
+    recipe: str,
+    overrides: Sequence[str],
+    nproc: int = 0,
+    resume: bool = False,
+    reorder: bool = False,
+    grace: float = 300.0,
 ) -> int:
     """Trains `cfg`, which is `recipe` with `overrides`, on `nproc` ranks (0: as many as the layout needs).
 
@@ -38,8 +44,9 @@ def run(
     folder = RunFolder(Path(cfg.run.dir) / cfg.name, resume)
     settled, _ = settle(cfg)
     if resume:
-        changes(folder.path, settled)
-    command = [sys.executable, "-m", "megapre", "train", recipe, *overrides, *(["--resume"] if resume else [])]
+        changes(folder.path, settled, reorder)
+    options = [*(["--resume"] if resume else []), *(["--reorder-data"] if reorder else [])]
+    command = [sys.executable, "-m", "megapre", "train", recipe, *overrides, *options]
     code = launch(command, nproc, folder.path / "logs", grace, environment(nproc, cfg.run.threads))
     if code not in (0, REFUSED, *STOPPED):
         print(f"megapre: {way_on(folder)}", file=sys.stderr, flush=True)
@@ -48,10 +55,8 @@ def run(
 
 def way_on(folder: RunFolder) -> str:
     """What to do after a run was cut off."""
-    saved = [path.name for path in folder.checkpoints.glob("step_*")]
-    if saved:
-        newest = max(saved, key=lambda name: (len(name), name))
-        return f"--resume goes back to the last whole checkpoint in {folder.checkpoints}; the newest is {newest}"
+    if (newest := newest_checkpoint(folder.path)) is not None:
+        return f"--resume goes back to the last whole checkpoint in {folder.checkpoints}; the newest is {newest.name}"
     if (folder.path / "config.toml").exists():
         return f"no checkpoint was saved: --resume begins {folder.path} anew"
     return "the run had not begun; there is nothing to resume"

@@ -194,6 +194,12 @@ def open_run(path: Path) -> Config:
     return load(str(file))
 
 
+def newest_checkpoint(run: Path) -> Path | None:
+    """The folder of the last step that is saved, by its name alone; whether it is whole, megapre.checkpoint tells."""
+    saved = [path for path in (run / "checkpoints").glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+    return max(saved, key=lambda path: int(path.name.removeprefix("step_")), default=None)
+
+
 def tokenizer_file(run: Path) -> Path:
     """The tokenizer's copy in a run folder. Raises RunFolderError where there is none."""
     for name in TOKENIZERS:

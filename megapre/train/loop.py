@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from megapre.parallel.comm import Place
 
 
-def run(cfg: Config, resume: bool = False) -> int:
-    """Trains `cfg` in the run folder `cfg.run.dir`/`cfg.name`; with `resume` goes on from its newest whole checkpoint.
+def run(cfg: Config, resume: bool = False, reorder: bool = False) -> int:
+    """Trains `cfg` in the run folder `cfg.run.dir`/`cfg.name`; with `resume` goes on from its newest whole checkpoint,
+    and with `reorder` even where that puts the samples into another order.
 
     This process is the only rank, or one of those that a launcher has started (megapre.parallel.comm.place), which all
     see the same file system.
@@ -58,12 +59,12 @@ def run(cfg: Config, resume: bool = False) -> int:
     device = machine.prepare(cfg.run, here)
     join(here, device, cfg.comm.timeout)
     with blaming_others(here.rank):
-        code = _run(cfg, resume, here, device)
+        code = _run(cfg, resume, here, device, reorder)
     leave()
     return code
 
 
-def _run(cfg: Config, resume: bool, here: Place, device: torch.device) -> int:
+def _run(cfg: Config, resume: bool, here: Place, device: torch.device, reorder: bool = False) -> int:
     folder = RunFolder(Path(cfg.run.dir) / cfg.name, resume, here.rank)
     cfg, tokenizer = settle(cfg)
     chosen = tuned(cfg.layout, here, device)
@@ -79,7 +80,7 @@ def _run(cfg: Config, resume: bool, here: Place, device: torch.device) -> int:
         before = machine.peak_memory(device)
         engine = Engine(cfg, device, groups)
         saver = Saver(engine, folder, screen)
-        progress = saver.restore() if resume else Progress()
+        progress = saver.restore(reorder) if resume else Progress()
         first = progress.step
         dp = groups.dp
         with first_alone(ranks):  # which writes the index files of the samples

@@ -69,15 +69,15 @@ class Saver:
         engine = self.engine
         return training_tensors(engine.cfg.model, engine.flat, engine.optimizer, engine.loss_scale, engine.groups)
 
-    def restore(self) -> Progress:
+    def restore(self, reorder: bool = False) -> Progress:
         """Loads the newest whole checkpoint into the engine and cuts metrics.jsonl back to it; for all ranks to call.
 
         A run without any checkpoint begins at its first step. Raises ResumeError where the config now describes another
-        model, or data or steps with which the samples would be others or come in another order, and
+        model, or data or steps with which the samples would be others or, unless `reorder`, come in another order, and
         CheckpointError where there are checkpoints but none is whole.
         """
         engine = self.engine
-        if changed := changes(self.folder.path, engine.cfg):
+        if changed := changes(self.folder.path, engine.cfg, reorder):
             self.screen.say(f"resuming with changes: {'; '.join(changed)}")
         ranks = engine.groups.world.handle
         manifest = checkpoint.newest_verified(self.folder.checkpoints, self.screen.say, ranks)
@@ -87,7 +87,7 @@ class Saver:
         facts = manifest.facts
         try:
             if "data" in facts:  # absent from the checkpoints of early versions
-                compare_order(facts["data"], engine.cfg)
+                compare_order(facts["data"], engine.cfg, reorder)
         except DataError as error:
             raise ResumeError(f"the run {self.folder.path} cannot go on: {error}") from error
         checkpoint.load(manifest, self._tensors())

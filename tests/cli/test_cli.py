@@ -49,7 +49,19 @@ def door(monkeypatch: pytest.MonkeyPatch, where: object, name: str, result: obje
 def test_train_passes_config_and_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = door(monkeypatch, megapre.train.loop, "run", 75)
     assert run("train", "debug", "optim.lr=1e-3", "--resume", "run.steps=7") == 75  # the door's own code
-    loop.assert_called_once_with(load("debug", ["optim.lr=1e-3", "run.steps=7"]), resume=True)  # type: ignore[attr-defined]
+    loop.assert_called_once_with(  # type: ignore[attr-defined]
+        load("debug", ["optim.lr=1e-3", "run.steps=7"]), resume=True, reorder=False
+    )
+    assert run("train", "debug", "--resume", "--reorder-data") == 75
+    assert loop.call_args.kwargs == {"resume": True, "reorder": True}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("verb", [("train",), ("launch", "local")])
+def test_another_order_is_for_a_run_that_goes_on(
+    run: Run, verb: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*verb, "debug", "--reorder-data") == 2
+    assert "--reorder-data is for a run that goes on: it needs --resume" in capsys.readouterr().err
 
 
 def test_print_config_reproduces_the_config(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -88,8 +88,13 @@ def test_a_run_that_is_there_is_told_before_anything_starts(launch: "object", tm
     with pytest.raises(ResumeError, match=r"cannot go on with model.layers 2 -> 4"):
         called(launch, *here, "model.layers=4", resume=True)
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["config.toml"]
+    (tmp_path / "x" / "checkpoints" / "step_00000003").mkdir(parents=True)
+    with pytest.raises(ResumeError, match=r"data.seed 1234 -> 7\. Resume it"):
+        called(launch, *here, "data.seed=7", resume=True)
     launch.assert_not_called()  # type: ignore[attr-defined]
     assert called(launch, *here, resume=True)[2] == tmp_path / "x" / "logs"
+    command, *_ = called(launch, *here, "data.seed=7", resume=True, reorder=True)
+    assert command[-2:] == ["--resume", "--reorder-data"]
 
 
 def test_a_run_that_was_cut_off_is_told_its_way_on(launch: "object", capsys: pytest.CaptureFixture[str]) -> None:

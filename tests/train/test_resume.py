@@ -14,6 +14,7 @@ from megapre.train.changes import ResumeError
 from megapre.train.settle import settle
 
 Tiny = Callable[..., Config]
+Blend = Callable[[int, int], str]
 
 
 @pytest.fixture
@@ -34,17 +35,79 @@ def test_more_steps_within_the_epoch_go_on_and_beyond_it_are_refused(tiny: Tiny,
         loop.run(tiny("run.steps=200"), resume=True)
     assert sorted((tmp_path / "run").rglob("*")) == before
     assert loop.run(tiny("run.steps=3"), resume=True) == 0
+    assert loop.run(tiny("run.steps=200"), resume=True, reorder=True) == 0
+
+
+@pytest.fixture
+def blend(corpus: Path, tmp_path: Path) -> Callable[[int, int], str]:
+    """The override for the corpus and a copy of it, blended by weights."""
+    shutil.copytree(corpus.parent, tmp_path / "copy")
+
+    def override(first: int, second: int) -> str:
+        prefixes = (corpus, first), (tmp_path / "copy" / corpus.name, second)
+        tables = [f'{{prefix="{prefix}", weight={weight}}}' for prefix, weight in prefixes]
+        return f"data.train=[{', '.join(tables)}]"
+
+    return override
+
+
+@pytest.mark.parametrize(
+    ("after", "weights", "said"),
+    [
+        ("data.seed=7", (1, 3), r"data\.seed 1234 -> 7\."),
+        ("run.seed=7", (1, 3), r"data\.seed 1234 -> 7\."),
+        ("data.split=7,3,0", (1, 3), r"data\.split 8,2,0 -> 7,3,0\."),
+        ("optim.lr=1e-3", (2, 3), r"weights of the 2 sources 1, 3 -> 2, 3\."),
+    ],
+)
+def test_another_order_is_refused_unless_it_is_asked_for(
+    tiny: Tiny, blend: Blend, tmp_path: Path, after: str, weights: tuple[int, int], said: str
+) -> None:
+    assert loop.run(tiny("run.steps=2", blend(1, 3))) == 0
+    kept = sorted((tmp_path / "run").rglob("*"))
+    changed = after, blend(*weights)
+    with pytest.raises(ResumeError, match=r"has consumed 8 samples in 2 steps and .* other 4 of 12 .*: " + said):
+        loop.run(tiny("run.steps=3", *changed), resume=True)
+    assert sorted((tmp_path / "run").rglob("*")) == kept
+    assert loop.run(tiny("run.steps=3", *changed), resume=True, reorder=True) == 0
+    assert "resuming with changes" in (tmp_path / "run" / "logs" / "rank0.log").read_text()
+    assert loop.run(tiny("run.steps=4", *changed), resume=True) == 0, "it is the run's own order now"
+
+
+def test_what_leaves_the_order_as_it_was_goes_on(tiny: Tiny, blend: Blend) -> None:
+    """The same part of the documents to train on, weights in the same ratio."""
+    assert loop.run(tiny("run.steps=2", "data.split=8,2,0", blend(1, 3))) == 0
+    assert loop.run(tiny("run.steps=3", "data.split=80,10,10", blend(2, 6)), resume=True) == 0
+
+
+def test_bounds_of_stages_are_part_of_the_order(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+    def stages(first: int, last: int) -> list[str]:
+        parts = [f'{{until_tokens={until}, train=["{corpus}"]}}' for until in (first, last)]
+        return ["data.train=[]", f"data.stages=[{', '.join(parts)}]"]
+
+    per_step = tiny().batch.tokens
+    assert loop.run(tiny("run.steps=2", *stages(per_step, 2 * per_step))) == 0
+    assert loop.run(tiny("run.steps=3", *stages(per_step, 0)), resume=True) == 0
+    with pytest.raises(ResumeError, match=rf"data\.stages 2 from \[0, {per_step}\] tokens on -> 2 from \[0, "):
+        loop.run(tiny("run.steps=3", *stages(2 * per_step, 0)), resume=True)
+
+
+def test_a_run_without_a_checkpoint_may_still_change_its_order(tiny: Tiny, tmp_path: Path) -> None:
+    assert loop.run(tiny("run.steps=2")) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000002")
+    assert loop.run(tiny("run.steps=2", "data.seed=7"), resume=True) == 0
 
 
 def test_moved_data_goes_on_and_other_data_is_refused(tiny: Tiny, corpus: Path, tmp_path: Path, other: str) -> None:
-    assert loop.run(tiny("run.steps=2")) == 0
+    assert loop.run(tiny("run.steps=2", "data.split=1,0,0")) == 0
     vocab = "model.vocab=360"
     with pytest.raises(
         ResumeError, match=r"it was trained on .*tiny_text_document \(400 documents.*other_text_document"
     ):
         loop.run(tiny("run.steps=3", "data.split=1,0,0", vocab, f'data.train=["{other}"]'), resume=True)
     shutil.copytree(corpus.parent, tmp_path / "moved")
-    assert loop.run(tiny("run.steps=3", f'data.train=["{tmp_path / "moved" / corpus.name}"]'), resume=True) == 0
+    moved = tiny("run.steps=3", "data.split=1,0,0", f'data.train=["{tmp_path / "moved" / corpus.name}"]')
+    assert loop.run(moved, resume=True) == 0
 
 
 def test_data_of_another_tokenizer_is_not_evaluated(tiny: Tiny, tmp_path: Path, other: str) -> None:
