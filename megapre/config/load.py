@@ -27,13 +27,15 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     """The config of `recipe` (a path, or the name of a shipped one) with `overrides` (`section.key=value`) applied.
 
     A value is a TOML literal (`2`, `3e-4`, `true`, `["a", "b"]`, `{prefix = "a", weight = 2}`) or a bare string;
-    `none` takes an optional knob away. The last override of a key wins. Raises ConfigError with all problems.
+    `none` takes an optional knob away. The last override of a key wins. The file of a schedule that the recipe names is
+    looked for beside the recipe first. Raises ConfigError with all problems.
     """
     name, text = _read(recipe)
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"not TOML: {error}{_quoted(text, str(error))}"], name) from None
+    _find_schedule(raw, Path(name).parent)
     problems: list[str] = []
     for override in overrides:
         if problem := _override(raw, override):
@@ -97,6 +99,18 @@ def _read(recipe: str) -> tuple[str, str]:
     names = recipe_names()
     hint = _did_you_mean(Path(recipe).stem, names)
     raise ConfigError([f"no such file, and no shipped recipe of that name{hint}; shipped: {', '.join(names)}"], recipe)
+
+
+def _find_schedule(raw: dict[str, Any], folder: Path) -> None:
+    """Lets layout.schedule name the file in `folder`, that of the recipe, if there is one: a run folder can be moved,
+    and its config used from anywhere.
+    """
+    layout = raw.get("layout")
+    if not isinstance(layout, dict):
+        return
+    named = layout.get("schedule")
+    if isinstance(named, str) and ("." in named or "/" in named) and (folder / named).is_file():
+        layout["schedule"] = str(folder / named)
 
 
 def _override(raw: dict[str, Any], override: str) -> str | None:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megapre.errors import UserError
+from megapre.schedule import BUILDERS
 
+from . import schedule_copy
 from .folder import newest_checkpoint, open_run
 
 if TYPE_CHECKING:
@@ -35,6 +37,10 @@ def changes(run: Path, cfg: Config, reorder: bool = False) -> list[str]:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     }
+    if "layout.schedule" in found or begun.layout.schedule not in BUILDERS:
+        found.pop("layout.schedule", None)
+        if text := schedule_copy.difference(begun.layout.schedule, cfg.layout.schedule):
+            found["layout.schedule"] = f"layout.schedule {text}"
     fixed = [text for key, text in found.items() if key.startswith("model.") or key in FIXED]
     if fixed:
         raise ResumeError(

@@ -2,6 +2,7 @@
 
     runs/<name>/
         config.toml          the resolved config: alone it reproduces the run
+        schedule-3fa2b1c4.txt  copy of the schedule, where that is a file
         plan.json            what was predicted before step 1
         summary.json         what was measured, beside it (written at the end)
         metrics.jsonl        one object a step, one a validation
@@ -31,6 +32,8 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from megapre.config import load, to_toml
 from megapre.errors import UserError
+
+from . import schedule_copy
 
 if TYPE_CHECKING:
     from megapre.config import Config
@@ -144,10 +147,10 @@ class RunFolder:
         return self.path / "logs" / f"rank{self.rank}.log"
 
     def begin(self, cfg: Config, plan: Any, tokenizer: Path | None) -> None:
-        """Writes what a run knows before its first step: config.toml, plan.json and a copy of the tokenizer."""
+        """Writes what a run knows before its first step: config.toml, plan.json, copies of tokenizer and schedule."""
         if not self.ours:
             return
-        self._write_config(cfg)
+        self._write_config(schedule_copy.keep(cfg, self.path))
         self.write_json("plan.json", plan)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, self.path / f"tokenizer{tokenizer.suffix}")
