@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..philox import GROUP
-from .adamw import one_minus_exp
+from .adamw import RESIDENT, one_minus_exp
 from .launch import ceil_div, multiprocessors
 
 
@@ -60,7 +60,7 @@ def adamw_stochastic_kernel(
     step = tl.load(step_at)
     decay = 1.0 - lr * weight_decay
     rate = lr / one_minus_exp(step.to(tl.float32) * log_beta1)
-    correction2 = one_minus_exp(step.to(tl.float32) * log_beta2)
+    inverse2 = 1.0 / one_minus_exp(step.to(tl.float32) * log_beta2)
     if SCALED:
         scale = tl.load(scale_at).to(tl.float32)
     key0 = tl.cast(key0, tl.int32).to(tl.uint32, bitcast=True)
@@ -88,7 +88,7 @@ def adamw_stochastic_kernel(
                 g = g * scale
             m = beta1 * m + rest1 * g
             v = beta2 * v + rest2 * g * g
-            p = p * decay - rate * m / (tl.sqrt_rn(tl.div_rn(v, correction2)) + eps)
+            p = p * decay - rate * m / (tl.sqrt(v * inverse2) + eps)
             if half == 0:
                 tl.store(param + at, _rounded(p, _bits(p0, p1, quarter)), mask=inside)
             else:
@@ -124,7 +124,7 @@ def step_(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, *tol
     if count:
         counters = 128
         blocks = ceil_div(count + skew, 8 * counters)
-        adamw_stochastic_kernel[(min(blocks, 16 * multiprocessors(param.device)),)](
+        adamw_stochastic_kernel[(min(blocks, RESIDENT * multiprocessors(param.device)),)](
             param, exp_avg, exp_avg_sq, grad, lr, step, lr if grad_scale is None else grad_scale,
             lr if found_inf is None else found_inf, count, offset // GROUP, skew, _signed(seed), _signed(seed >> 32),
             beta1, 1.0 - beta1, math.log(beta1) if beta1 else -math.inf,

@@ -10,12 +10,17 @@ Bytes    losses alone: one read. In place: one read for the statistics, then a r
          bf16) are 33 of 60 MB, hence one program per multiprocessor for such rows. The second walk goes backwards:
          what was read last is surest to be there. HBM sees one read and one write.
 Floor    2 * bytes of the logits / copy rate: 8192 x 131072 bf16 on an H200, 1.0 ms.
-Measured 1.53 ms, 65% of copy (kernels_nvidia-h200_2026-11-20 in benchmarks/results): the time of three passes, so the
-second walk cannot be finding its row in L2 as intended.
+Measured 1.53 ms, 65% of copy (kernels_nvidia-h200_2026-11-20 in benchmarks/results), of a form with 28 instructions a
+         logit: 1.0 ms at four a clock, and 1.1 ms of its half-rate pipe, in phases that one program a multiprocessor
+         cannot hide behind its loads. Most of them compared columns. This form has 18, none of them a comparison, and
+         its half-rate pipe is busy for 0.4 ms. Not yet run on a GPU.
 
 Max and sum are kept per vector of one 16-byte load, inside a thread: no exchange between threads until the end of the
-row, and 9 exponentials per 8 elements. The next block is loaded before the present one is worked on. Row offsets are
-64-bit. A label outside [0, vocab) that is not ignore_index gives a NaN loss and a NaN gradient row, and reads nothing.
+row, and 9 exponentials per 8 elements. The next block is loaded before the present one is worked on. Only the blocks
+that reach beyond vocab are masked, and the label's element is written by itself. A row that will be read again is kept
+in L2 before others, and one that is done with leaves it first: without that, rows already written push out those of
+which one half is still to come back. Row offsets are 64-bit. A label outside [0, vocab) that is not ignore_index gives
+a NaN loss and a NaN gradient row, and reads nothing.
 
 Logits whose columns lie in shards: vocab_parallel.py, which calls the walks over a row.
 """
@@ -30,23 +35,40 @@ NEG_INF = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def row_statistics(row, columns, vocab, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """(max, sum of exp(x - max), sum of x) over the columns below vocab. Needs vocab >= 1."""
+def _add_block(x, exists, top, total, plain, MASKED: tl.constexpr, SMOOTHING: tl.constexpr):
+    """What row_statistics holds of each vector of a block, with one more block x of them."""
+    x = x.to(tl.float32)
+    if SMOOTHING and MASKED:
+        plain += tl.sum(tl.where(exists, x, 0.0), 1)
+    elif SMOOTHING:
+        plain += tl.sum(x, 1)
+    if MASKED:
+        x = tl.where(exists, x, NEG_INF)
+    higher = tl.maximum(top, tl.max(x, 1))
+    base = tl.where(higher == NEG_INF, 0.0, higher)
+    total = total * tl.exp2((top - base) * LOG2E) + tl.sum(tl.exp2((x - base[:, None]) * LOG2E), 1)
+    return higher, total, plain
+
+
+@triton.jit
+def row_statistics(
+    row, columns, vocab, SMOOTHING: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr
+):
+    """(max, sum of exp(x - max), sum of x) over the columns below vocab. AGAIN: the row will be read once more."""
+    HINT: tl.constexpr = "evict_last" if AGAIN else "evict_first"
     lane = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     top = tl.full([BLOCK // VECTOR], NEG_INF, tl.float32)
     total = tl.zeros([BLOCK // VECTOR], tl.float32)
     plain = tl.zeros([BLOCK // VECTOR], tl.float32)
-    ahead = tl.load(row + lane, mask=lane < columns, other=0.0)
-    for start in range(0, columns, BLOCK):
-        column = start + lane
-        x = tl.where(column < vocab, ahead.to(tl.float32), NEG_INF)
-        ahead = tl.load(row + column + BLOCK, mask=column + BLOCK < columns, other=0.0)
-        higher = tl.maximum(top, tl.max(x, 1))
-        base = tl.where(higher == NEG_INF, 0.0, higher)
-        total = total * tl.exp2((top - base) * LOG2E) + tl.sum(tl.exp2((x - base[:, None]) * LOG2E), 1)
-        top = higher
-        if SMOOTHING:
-            plain += tl.sum(tl.where(column < vocab, x, 0.0), 1)
+    whole = vocab // BLOCK * BLOCK
+    ahead = tl.load(row + lane, mask=lane < columns, other=0.0, eviction_policy=HINT)
+    for start in range(0, whole, BLOCK):
+        x = ahead
+        column = start + BLOCK + lane
+        ahead = tl.load(row + column, mask=column < columns, other=0.0, eviction_policy=HINT)
+        top, total, plain = _add_block(x, lane < vocab, top, total, plain, False, SMOOTHING)
+    if whole < vocab:
+        top, total, plain = _add_block(ahead, whole + lane < vocab, top, total, plain, True, SMOOTHING)
     highest = tl.max(top, 0)
     base = tl.where(highest == NEG_INF, 0.0, highest)
     total = tl.sum(total * tl.exp2((top - base) * LOG2E), 0)
@@ -55,25 +77,43 @@ def row_statistics(row, columns, vocab, SMOOTHING: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _row_gradient(
-    row, out, columns, vocab, target, lse, scale, z_loss, smoothing, whole_vocab,
+    row, out, columns, vocab, target, target_logit, lse, scale, z_loss, smoothing, whole_vocab,
     SMOOTHING: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Writes scale * dloss/dlogits, 0 from vocab on, walking backwards. `out` may be `row`."""
+    """Writes scale * dloss/dlogits, 0 from vocab on, walking backwards. `out` may be `row`.
+
+    Blocks below vocab need no mask. The target's own element, of logit `target_logit`, is written once more at the end:
+    to look for it in every element would cost as much as the rest.
+    """
     lane = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     factor = scale * (1.0 + 2.0 * z_loss * lse)
-    hit = scale * (1.0 - smoothing)
+    shift = scale * smoothing / whole_vocab
+    whole = vocab // BLOCK * BLOCK
     last = (columns - 1) // BLOCK * BLOCK
-    ahead = tl.load(row + last + lane, mask=last + lane < columns, other=0.0)
-    for behind in range(0, columns, BLOCK):
-        column = last - behind + lane
+    ahead = tl.load(row + last + lane, mask=last + lane < columns, other=0.0, eviction_policy="evict_first")
+    for behind in range(whole, columns, BLOCK):
+        column = last - (behind - whole) + lane
         x = ahead.to(tl.float32)
-        ahead = tl.load(row + column - BLOCK, mask=column >= BLOCK, other=0.0)
+        ahead = tl.load(row + column - BLOCK, mask=column >= BLOCK, other=0.0, eviction_policy="evict_first")
         grad = tl.exp2((x - lse) * LOG2E) * factor
         if SMOOTHING:
-            grad -= scale * smoothing / whole_vocab
-        grad = tl.where(column == target, grad - hit, grad)
+            grad -= shift
         grad = tl.where(column < vocab, grad, 0.0)
-        tl.store(out + column, grad.to(out.dtype.element_ty), mask=column < columns)
+        tl.store(out + column, grad.to(out.dtype.element_ty), mask=column < columns, eviction_policy="evict_first")
+    for behind in range(BLOCK, whole + BLOCK, BLOCK):
+        column = whole - behind + lane
+        x = ahead.to(tl.float32)
+        ahead = tl.load(row + column - BLOCK, mask=column >= BLOCK, other=0.0, eviction_policy="evict_first")
+        grad = tl.exp2((x - lse) * LOG2E) * factor
+        if SMOOTHING:
+            grad -= shift
+        tl.store(out + column, grad.to(out.dtype.element_ty), eviction_policy="evict_first")
+    grad = tl.exp2((target_logit - lse) * LOG2E) * factor
+    if SMOOTHING:
+        grad -= shift
+    grad -= scale * (1.0 - smoothing)
+    tl.debug_barrier()  # after whichever thread has written the target's element
+    tl.store(out + target, grad.to(out.dtype.element_ty), mask=(target >= 0) & (target < vocab))
 
 
 @triton.jit
@@ -113,7 +153,7 @@ def losses_kernel(
         scale = 1.0
         if SCALED:
             scale = tl.load(dlosses + index).to(tl.float32)
-        highest, total, plain = row_statistics(row, columns, vocab, SMOOTHING, BLOCK, VECTOR)
+        highest, total, plain = row_statistics(row, columns, vocab, SMOOTHING, IN_PLACE, BLOCK, VECTOR)
         log_total = tl.log(total)
         lse = highest + log_total
         tl.store(losses + index, loss_of(highest, log_total, target_logit, plain, vocab, smoothing, z_loss, SMOOTHING))
@@ -121,8 +161,9 @@ def losses_kernel(
             scale = tl.where(good, scale, float("nan"))
             tl.debug_barrier()  # all have read the row, and the target's logit, before any of it is written
             _row_gradient(
-                row, row, columns, vocab, label, lse, scale, z_loss, smoothing, vocab, SMOOTHING, BLOCK, VECTOR
-            )
+                row, row, columns, vocab, label, target_logit, lse, scale, z_loss, smoothing, vocab,
+                SMOOTHING, BLOCK, VECTOR,
+            )  # fmt: skip
         else:
             tl.store(lses + index, lse)
 
@@ -141,9 +182,13 @@ def gradient_kernel(
     else:
         good = (label >= 0) & (label < whole_vocab)
         scale = tl.where(good, tl.load(dlosses + index * stride_dlosses).to(tl.float32), float("nan"))
+        row = logits + index * stride
+        column = label - first
+        target_logit = tl.load(row + column, mask=(column >= 0) & (column < vocab), other=0.0).to(tl.float32)
+        tl.debug_barrier()  # all have read the target's logit before any of the row is written
         _row_gradient(
-            logits + index * stride, target, columns, vocab, label - first, tl.load(lses + index), scale, z_loss,
-            smoothing, whole_vocab, SMOOTHING, BLOCK, VECTOR,
+            row, target, columns, vocab, column, target_logit, tl.load(lses + index), scale, z_loss, smoothing,
+            whole_vocab, SMOOTHING, BLOCK, VECTOR,
         )  # fmt: skip
 
 

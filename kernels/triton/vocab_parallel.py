@@ -3,8 +3,9 @@
 
 Bytes    `local` one read of the logits, `gradient_` one read and one write; the merge 12 or 16 a row and rank.
 Floor    3 * bytes of the logits / copy rate.
-Measured not yet run on a GPU in this layout of the statistics. As [3, T] an 8192 x 131072 bf16 shard took 1.69 ms for
-         all three, 88% of the rate of a copy (kernels_nvidia-h200_2026-11-20 in benchmarks/results).
+Measured not yet run on a GPU in this form. An older one, of more instructions and with statistics as [3, T], took
+         1.69 ms for all three on an 8192 x 131072 bf16 shard, 88% of the rate of a copy (kernels_nvidia-h200_2026-11-20
+         in benchmarks/results).
 
 A label outside [0, vocab) that is not ignore_index gives a NaN loss and a NaN gradient row, and reads nothing.
 """
@@ -34,7 +35,7 @@ def statistics_kernel(
         row = logits + index * stride
         column = label - first
         target_logit = tl.load(row + column, mask=(column >= 0) & (column < vocab), other=0.0).to(tl.float32)
-        highest, total, plain = row_statistics(row, columns, vocab, SMOOTHING, BLOCK, VECTOR)
+        highest, total, plain = row_statistics(row, columns, vocab, SMOOTHING, True, BLOCK, VECTOR)
         tl.store(out, highest)
         tl.store(out + 1, total)
         tl.store(out + 2, target_logit)
