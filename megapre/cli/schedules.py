@@ -107,7 +107,7 @@ def schedule_check(
     "--tp-link", default=300.0, show_default=True, type=click.FloatRange(0, min_open=True), help="GB/s of tp."
 )
 @click.option("--latency", default=10.0, show_default=True, type=click.FloatRange(0), help="Of a message, in us.")
-@click.option("--comm-profile", default="", help="Instead of --link and --latency: what bench comm measured; or auto.")
+@click.option("--comm-profile", default="", help="Instead: what bench comm measured; or auto.")
 @TIMES
 def schedule_compare(
     recipe: str | None,

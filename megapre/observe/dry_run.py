@@ -5,9 +5,11 @@ No torch, and any number of ranks: what 16,384 GPUs would do is arithmetic.
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from .. import schedule
@@ -18,10 +20,12 @@ from ..mesh import Mesh
 from ..plan import find, predict, render
 from ..plan.box import gib
 from ..plan.hardware import DEVICES
+from ..plan.link import Link
 from ..plan.memory import all_ranks
 from ..plan.partition import balanced, costs, layers_of_stages, schedule_of
 from ..plan.stages import Rates, stage_costs
 from ..schedule.draw import draw, summary
+from .links import links
 
 GPU, MFU = "NVIDIA H100 80GB HBM3", 0.5
 """What times are worked out for unless told. The picture hardly depends on it: it is a matter of ratios."""
@@ -53,18 +57,40 @@ def run(cfg: Config, world: int = 0, gpu: str = GPU) -> int:
     if device is None:
         known = ", ".join(row.names[0] for row in DEVICES)
         raise DryRunError(f"no peaks are known of --gpu {gpu!r}; known are {known}")
-    rates = Rates(device.bf16 * MFU, device.bandwidth)
+    rates, sources = Rates(device.bf16 * MFU, device.bandwidth), tuple[str, ...]()
+    if layout.comm_profile:
+        found = links(layout.comm_profile, gpu, layout, mesh.dp, Link(rates.latency, rates.link), None)
+        messages, sources = found.messages, found.sources
+        rates = replace(rates, latency=messages.latency, link=messages.bandwidth, tensor=found.tensor)
     actions = schedule.checked(schedule_of(cfg, mesh.dp))
     timeline = schedule.simulate(actions, stage_costs(cfg, layout.vpp, rates, actions.placement))
+    shown, note = legible(timeline)
     print(render(predict(cfg, mesh, "cuda", gpu)))
     if layout.pp == 1:
         return 0
     print("", *stage_table(cfg, mesh, actions), "", sep="\n")
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else 100
-    print(draw(timeline, width, terminal), "", summary(timeline), sep="\n")
-    print(f"seconds on {gpu} at {MFU:.0%} of its peak")
+    print(draw(shown, width, terminal), "", *note, summary(timeline), sep="\n")
+    print(f"seconds on {gpu} at {MFU:.0%} of its peak", *sources, sep="\n")
     return 0
+
+
+def legible(timeline: schedule.Timeline) -> tuple[schedule.Timeline, list[str]]:
+    """What to draw of a schedule, and lines to say of it: itself, or where messages take longer than all the rest, as
+    with a tiny model, the same without them. Actions would be specks in it otherwise.
+    """
+    costs = timeline.costs
+    without = schedule.simulate(timeline.schedule, replace(costs, latency=0.0, bandwidth=math.inf))
+    if timeline.makespan <= 2 * without.makespan:
+        return timeline, []
+    spans = [zip(*row, strict=True) for row in zip(without.starts, without.ends, strict=True)]
+    actions = [1e6 * (end - start) for row in spans for start, end in row]
+    message = 1e6 * (costs.latency + max(costs.message) / costs.bandwidth)
+    return without, [
+        f"drawn as if messages took no time: one takes {message:.3g} us here, actions {min(actions):.3g} to "
+        f"{max(actions):.3g} us. With them:"
+    ]
 
 
 def stage_table(cfg: Config, mesh: Mesh, actions: schedule.Schedule) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from .. import schedule as schedules
 from ..errors import UserError
-from ..plan import comm_profile as profiles
 from ..plan.box import counted
 from ..schedule import BUILDERS, Costs, Schedule, ScheduleError
 from ..schedule.compare import Row, best
@@ -21,8 +19,7 @@ from ..schedule.compare import compare as rows_of
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..config import Config, Layout
-    from ..plan.link import Link
+    from ..config import Config
 
 GIB = 2**30
 SHOWN = 40  # problems
@@ -121,8 +118,8 @@ def compare_recipe(
 ) -> int:
     """Prints a row for each schedule, with the costs and the memory of the recipe's model in its layout.
 
-    `link` (GB/s) and `latency` (us) are those of a message, unless `comm_profile` names a file with measured ones, and
-    of the collectives among replicas; `tp_link` (GB/s of bus bandwidth) is that among tensor-parallel ranks.
+    `link` (GB/s) and `latency` (us) are those of a message and of the collectives among replicas, `tp_link` (GB/s of
+    bus bandwidth) is that among tensor-parallel ranks, where `comm_profile` names no file with measured ones.
     """
     from ..data import with_vocab_of_data
     from ..mesh import Mesh
@@ -133,6 +130,7 @@ def compare_recipe(
     from ..plan.link import Link
     from ..plan.partition import known_vocab
     from ..plan.stages import Rates, stage_costs
+    from .links import links
 
     layout = cfg.layout
     if layout.pp == 1:
@@ -146,11 +144,9 @@ def compare_recipe(
     peak = device.peak("bf16" if cfg.run.dtype == "fp16" else cfg.run.dtype)
     assert peak is not None, "every device has a rate for what a run can be in"
     dp = Mesh(world, layout.tp, layout.pp, layout.cp).dp if world else layout.dp or 1
-    if comm_profile and (found := measured_link(comm_profile, gpu, layout, dp)):
-        latency, link = found.latency * 1e6, found.bandwidth / 1e9
-    between = Link(latency * 1e-6, link * 1e9)
-    inside = Link(latency * 1e-6, tp_link * 1e9)
-    rates = Rates(peak * mfu, device.bandwidth, between.latency, between.bandwidth, inside)
+    given = Link(latency * 1e-6, link * 1e9), Link(latency * 1e-6, tp_link * 1e9)
+    found = links(comm_profile, gpu, layout, dp, *given)
+    rates = Rates(peak * mfu, device.bandwidth, found.messages.latency, found.messages.bandwidth, found.tensor)
     counts = micro_batches or cfg.batch.micro_batches(dp)
     tried = numbers(chunks, "chunks") if chunks else (max(layout.vpp, 2),)
     rows = rows_of(
@@ -159,29 +155,16 @@ def compare_recipe(
         tried,
         lambda plan: stage_costs(cfg, plan.chunks, rates, plan.placement),
         lambda plan: fullest_rank(cfg, dp, "cuda", plan=plan).total,
-        lambda timeline: of_data(cfg, timeline, dp, between),
+        lambda timeline: of_data(cfg, timeline, dp, found.replicas),
         layout.group or None,
     )
     print(
         f"{cfg.name}: tp {layout.tp}, pp {layout.pp}, cp {layout.cp}, dp {dp}; {counted(counts, 'micro-batch')} of "
         f"{cfg.batch.micro} x {cfg.batch.seq_length:,} tokens\n{device.names[0]} at {mfu:.0%} of {peak / 1e12:.0f} "
-        f"TFLOP/s, messages and replicas {link:.4g} GB/s + {latency:.4g} us, "
-        f"tensor-parallel ranks {tp_link:.4g} GB/s\n"
+        f"TFLOP/s"
     )
+    print(*found.sources, "", sep="\n")
     return _print(rows, "ms", in_flight, None if memory is None else memory * GIB)
-
-
-def measured_link(named: str, gpu: str, layout: Layout, dp: int) -> Link | None:
-    """Between two stages, by a profile of `megapre bench comm`; warns and is None where that says nothing of `gpu`, as
-    its driver calls it, in this layout.
-    """
-    here: dict[str, str | int] = {"hardware": gpu, "tp": layout.tp, "pp": layout.pp, "cp": layout.cp, "dp": dp}
-    profile, why = profiles.find(profiles.path(named), here)
-    if profile is not None and (link := profile.links.get("pp", {}).get("send_recv")):
-        return link
-    why = why or "it has no send_recv of the pp axis; measure it with `megapre bench comm --write-profile`"
-    warnings.warn(f"the communication profile is not used: {why}", stacklevel=2)
-    return None
 
 
 def numbers(text: str, what: str) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
+from ..data import with_vocab_of_data
 from ..plan import comm_profile
 from ..plan.paired import ERROR, MARGIN, ROUNDS, Verdict, best, compare
 from .comm_ranks import BenchCommError, Ranks, on_ranks
@@ -38,6 +39,8 @@ COMMUNICATORS: Mapping[str, Mapping[str, Any]] = {
     "high priority": {"high_priority": True},
 }
 """Options by name (parallel.comm.Options). More CTAs move more bytes; fewer leave more of the GPU to products."""
+VOCAB = 50257
+"""GPT-2's, for a recipe that leaves its vocabulary to data that are not there."""
 MOST_BUCKETS = 64
 MEMORY = 0.5  # of the device, for all candidates of a comparison together
 LEAST = 0.02  # seconds that one candidate's turn lasts
@@ -77,20 +80,23 @@ def run(cfg: Config, request: Request, out: str | None = None, profile: str = ""
     """
     if unknown := [name for name in request.only if name not in PARTS]:
         raise BenchCommError(f"tune comm: there is no {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    cfg = with_vocab_of_data(cfg)
     if not cfg.model.vocab:
-        cfg = cfg.with_vocab(50257)  # GPT-2's, for a recipe that leaves its vocabulary to the data
+        cfg = cfg.with_vocab(VOCAB)
     return on_ranks("tune", cfg.layout, cfg.run, cfg.comm, lambda ranks: _run(cfg, request, ranks, out, profile))
 
 
 def _run(cfg: Config, request: Request, ranks: Ranks, out: str | None, profile: str) -> int:
     from rich.console import Console
 
+    from ..parallel.tuned import work
     from . import comm_report
 
     console = Console(width=comm_report.width())
     if ranks.first:
         console.print(comm_report.header(ranks.about(), ranks.groups.mesh))
     tuning = Tuning(cfg, request, ranks)
+    key = {**ranks.key(), **work(cfg, ranks.device)}
     comparisons = []
     for found in tuning.comparisons():
         comparisons.append(found)
@@ -104,13 +110,14 @@ def _run(cfg: Config, request: Request, ranks: Ranks, out: str | None, profile: 
         for line in tuning.left_out:
             print(f"left out: {line}")
         if out is not None:
-            about = {**ranks.about(), "recipe": cfg.name, "margin": request.margin, "error": request.error}
+            about = {**ranks.about(), **key, "recipe": cfg.name, "margin": request.margin, "error": request.error}
             for line in comm_report.write_comparisons(comparisons, about, out):
                 print(line)
         file = comm_profile.path(profile)
-        old, _ = comm_profile.find(file, ranks.key())
-        kept = {name: value for name, value in (old.chosen if old else {}).items() if name not in tuning.measured}
-        comm_profile.write(file, ranks.key(), chosen={**kept, **tuning.chosen})
+        old, _ = comm_profile.find(file, key, "chosen")
+        before = (old.chosen if old else None) or {}
+        kept = {name: value for name, value in before.items() if name not in tuning.measured}
+        comm_profile.write(file, key, chosen={**kept, **tuning.chosen})
         named = profile or comm_profile.AUTO
         print(f"profile written to {file}; runs with layout.comm_profile={named} use it")
     return 0

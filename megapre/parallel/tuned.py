@@ -18,13 +18,15 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 
-from megapre.config import Comm, Layout
+from megapre.config import Comm, Config, Layout
 from megapre.config.schema import Axis
+from megapre.kernels import choose
 from megapre.kernels import profile as kernel_profile
 from megapre.mesh import Mesh
 from megapre.plan import comm_profile
 
 from .comm import CommError, Options, Place, gathered
+from .trials import Sizes
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -56,20 +58,41 @@ def machine(device: torch.device, here: Place) -> dict[str, str | int]:
 
 
 def key(device: torch.device, here: Place, mesh: Mesh) -> dict[str, str | int]:
-    """What a profile must have been measured on to count: the machine, and who is whose neighbour."""
+    """What links must have been measured on to count: the machine, and who is whose neighbour."""
     return {**machine(device, here), "tp": mesh.tp, "pp": mesh.pp, "cp": mesh.cp, "dp": mesh.dp}
 
 
-def tuned(layout: Layout, here: Place, device: torch.device) -> Tuned:
-    """`layout` and options as `layout.comm_profile` says; by all ranks, after `join`. `state` says where it is refused.
-
-    Raises MeshError where the layout does not fit the ranks.
+def work(cfg: Config, device: torch.device) -> dict[str, str | int]:
+    """What settings that were chosen depend on besides: sizes, dtypes and ways of the work that hides communication
+    (`trials`), and what does it. The vocabulary of `cfg` must be known.
     """
+    sizes, layout = Sizes.of(cfg), cfg.layout
+    return {
+        "gradients_of_a_rank": sizes.elements,
+        "hidden": sizes.hidden,
+        "ffn": sizes.ffn,
+        "tokens": sizes.tokens,
+        "dtype": cfg.run.dtype,
+        "grad_dtype": cfg.optim.grad_dtype,
+        "shard_optimizer": str(layout.shard_optimizer).lower(),
+        "sequence_parallel": str(layout.sequence_parallel).lower(),
+        "linear": choose(device.type, cfg.kernels, sizes.dtype).names["linear"],
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+    }
+
+
+def tuned(cfg: Config, here: Place, device: torch.device) -> Tuned:
+    """The layout of `cfg` and options as its comm_profile says; by all ranks, after `join`. `state` says where it is
+    refused. The vocabulary must be known.
+
+    Raises MeshError where the layout does not fit the ranks, KernelUnavailable.
+    """
+    layout = cfg.layout
     if not layout.comm_profile:
         return Tuned(layout, state="none: layout.comm_profile names none")
-    own = key(device, here, Mesh.of(layout, here.world))
+    own = {**key(device, here, Mesh.of(layout, here.world)), **work(cfg, device)}
     file = comm_profile.path(layout.comm_profile)
-    answer = comm_profile.find(file, own) if here.rank == 0 else None
+    answer = comm_profile.find(file, own, "chosen") if here.rank == 0 else None
     all_ranks = dist.group.WORLD if here.world > 1 else None
     keys, answers = zip(*gathered((own, answer), all_ranks), strict=True)
     found, why = answers[0]
@@ -83,7 +106,7 @@ def tuned(layout: Layout, here: Place, device: torch.device) -> Tuned:
 
 
 def _filled(layout: Layout, profile: comm_profile.Profile, file: Path) -> Tuned:
-    chosen = profile.chosen
+    chosen = profile.chosen or {}
     changes: dict[str, Any] = {}
     if "bucket_elements" in chosen and not layout.bucket:
         changes["bucket"] = chosen["bucket_elements"]

@@ -1,15 +1,19 @@
 """What `megapre bench comm --write-profile` and `megapre tune comm` found out: one small file for each user.
 
-    {"format": 1, "profiles": [{"key": {"device": "cuda", "hardware": "NVIDIA H100 80GB HBM3", ..., "tp": 8, "dp": 2},
-                                "made": "2026-11-21",
-                                "links": {"tp": {"all_reduce": {"latency": 1.1e-05, "bandwidth": 3.6e11,
-                                                                "error": 0.03, "worst": 0.1}}},
-                                "chosen": {"bucket_elements": 4194304, "options": {"tp": {"nccl": {"max_ctas": 16}}}}}]}
+    {"format": 1,
+     "profiles": [{"key": {"device": "cuda", "hardware": "NVIDIA H100 80GB HBM3", ..., "tp": 8, "dp": 2},
+                   "made": "2026-11-21",
+                   "links": {"tp": {"all_reduce": {"latency": 1.1e-05, "bandwidth": 3.6e11, "error": 0.03,
+                                                   "worst": 0.1, "times": {"1024": 1.2e-05, ...}}}}},
+                  {"key": {"device": "cuda", ..., "dp": 2, "hidden": 4096, ..., "dtype": "bf16"},
+                   "made": "2026-11-21",
+                   "chosen": {"bucket_elements": 4194304, "options": {"tp": {"nccl": {"max_ctas": 16}}}}}]}
 
-Links are in seconds and bytes/s of bus bandwidth (`plan.link`), by axis of the mesh and collective. A profile counts
-only where its whole key is what is here: machines, software and layout (`parallel.tuned.key`). A home folder that
-several machines share may hold one of each. The planner, which runs on any machine, is asked about a hardware and a
-layout, and takes the newest profile of these.
+Links are in seconds and bytes/s of bus bandwidth (`plan.link`), by axis of the mesh and collective; they depend on
+machines, software and layout (`parallel.tuned.key`). What was chosen depends on the recipe's work besides
+(`parallel.tuned.work`). A profile counts only where its whole key is what is here. A home folder that several machines
+share may hold one of each. The planner, which runs on any machine, is asked about a hardware and a layout, and takes
+the newest profile of these.
 
 MEGAPRE_COMM_PROFILE names another file.
 """
@@ -23,7 +27,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .link import FACTORS, Link
 
@@ -39,13 +43,13 @@ Links = Mapping[str, Mapping[str, Link]]
 @dataclass(frozen=True)
 class Profile:
     """What was measured for one key. `chosen`: bucket_elements, overlap_products, options by axis, where the default
-    was beaten.
+    was beaten; None where nothing was compared.
     """
 
     key: Key
     made: str = ""
     links: Links = field(default_factory=dict)
-    chosen: Mapping[str, Any] = field(default_factory=dict)
+    chosen: Mapping[str, Any] | None = None
 
 
 def path(named: str = "") -> Path:
@@ -56,19 +60,32 @@ def path(named: str = "") -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "megapre" / "comm-profile.json"
 
 
-def find(file: Path, here: Key) -> tuple[Profile | None, str]:
-    """(the newest profile in `file` whose key has all that `here` has, why there is none)."""
-    try:
-        profiles = read(file)
-    except FileNotFoundError:
-        return None, f"there is no {file}; `megapre tune comm` makes one"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return None, f"{file} cannot be read as a profile ({type(error).__name__}: {error}); write it again"
-    for profile in reversed(profiles):
+def find(file: Path, here: Key, what: Literal["links", "chosen"]) -> tuple[Profile | None, str]:
+    """(the newest profile in `file` that has `what`, and whose key has all that `here` has; why there is none)."""
+    found, why = profiles(file)
+    if why:
+        return None, why
+    having = [profile for profile in found if profile.chosen is not None or what == "links"]
+    having = [profile for profile in having if profile.links or what == "chosen"]
+    for profile in reversed(having):
         if not _differences(profile.key, here):
             return profile, ""
-    closest = min((_differences(profile.key, here) for profile in profiles), key=len, default=["it is empty"])
-    return None, f"{file} was measured elsewhere: {'; '.join(closest)}; measure again with `megapre tune comm`"
+    command = "megapre tune comm" if what == "chosen" else "megapre bench comm --write-profile"
+    if not having:
+        return None, f"{file} has nothing of that kind; `{command}` measures it"
+    closest = min((_differences(profile.key, here) for profile in reversed(having)), key=len)
+    return None, f"{file} was measured elsewhere: {'; '.join(closest)}; measure again with `{command}`"
+
+
+def profiles(file: Path) -> tuple[list[Profile], str]:
+    """(those in `file`, oldest first; why there are none)."""
+    try:
+        found = read(file)
+    except FileNotFoundError:
+        return [], f"there is no {file}; `megapre tune comm` makes one"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return [], f"{file} cannot be read as a profile ({type(error).__name__}: {error}); write it again"
+    return found, "" if found else f"{file} is empty"
 
 
 def _differences(there: Key, here: Key) -> list[str]:
@@ -96,7 +113,7 @@ def write(file: Path, key: Key, links: Links | None = None, chosen: Mapping[str,
         old.chosen if chosen is None else dict(chosen),
     )
     kept = [profile for profile in profiles if profile.key != key]
-    content = json.dumps({"format": FORMAT, "profiles": [asdict(profile) for profile in (*kept, new)]}, indent=1)
+    content = json.dumps({"format": FORMAT, "profiles": [_written(profile) for profile in (*kept, new)]}, indent=1)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -117,19 +134,25 @@ def read(file: Path) -> list[Profile]:
             str(profile["made"]),
             {
                 axis: {collective: _link(collective, link) for collective, link in links.items()}
-                for axis, links in profile["links"].items()
+                for axis, links in profile.get("links", {}).items()
             },
-            _chosen(profile["chosen"]),
+            _chosen(profile["chosen"]) if "chosen" in profile else None,
         )
         for profile in content["profiles"]
     ]
 
 
-def _link(collective: str, numbers: Mapping[str, float]) -> Link:
+def _written(profile: Profile) -> dict[str, Any]:
+    """What the file says of it: links or choices, or both, as there are."""
+    return {name: value for name, value in asdict(profile).items() if value is not None and (name != "links" or value)}
+
+
+def _link(collective: str, numbers: Mapping[str, Any]) -> Link:
     if collective not in FACTORS:
         raise ValueError(f"{collective} is no collective")
-    link = Link(**{name: float(value) for name, value in numbers.items()})
-    if not (link.latency >= 0 and link.bandwidth > 0):
+    times = {int(size): float(seconds) for size, seconds in numbers.get("times", {}).items()}
+    link = Link(**{name: float(value) for name, value in numbers.items() if name != "times"}, times=times)
+    if not (link.latency >= 0 and link.bandwidth > 0 and all(size > 0 and times[size] > 0 for size in times)):
         raise ValueError(f"{dict(numbers)} is no link")
     return link
 

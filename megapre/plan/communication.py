@@ -26,7 +26,7 @@ from ..schedule import Timeline
 from .activations import ELEMENT
 from .buffers import Held, elements
 from .flat import BUCKET_ELEMENTS
-from .link import Link
+from .link import Timed
 from .params import layer_parameters
 from .partition import layers_of_stages
 
@@ -53,7 +53,7 @@ class OfTensor(NamedTuple):
     head: Shown = Shown()
 
 
-def of_tensor(cfg: Config, link: Link, flops: float) -> OfTensor:
+def of_tensor(cfg: Config, link: Timed, flops: float) -> OfTensor:
     """For a device that multiplies at `flops` FLOP/s, among whose tensor-parallel ranks is `link`."""
     model, layout, tokens = cfg.model, cfg.layout, cfg.batch.micro_tokens
     tp, size = layout.tp, ELEMENT[cfg.run.dtype] * tokens * model.hidden
@@ -89,7 +89,7 @@ def of_tensor(cfg: Config, link: Link, flops: float) -> OfTensor:
     return OfTensor(layer, Shown(scatter, gather, gather), Shown(gather, scatter, scatter))
 
 
-def of_data(cfg: Config, timeline: Timeline, dp: int, link: Link) -> float:
+def of_data(cfg: Config, timeline: Timeline, dp: int, link: Timed) -> float:
     """Seconds that a step of `timeline` takes longer among `dp` replicas with `link` between them.
 
     Delays of the forwards are counted as if no rank had idle time to take them up, so that this is the most it can be.
@@ -118,7 +118,7 @@ class _Chunk(NamedTuple):
     to_gather: float
 
     @classmethod
-    def of(cls, cfg: Config, held: Held, link: Link, sums: str, dp: int) -> "_Chunk":
+    def of(cls, cfg: Config, held: Held, link: Timed, sums: str, dp: int) -> "_Chunk":
         whole, _ = elements(cfg, held, dp)
         buckets = max(round(whole / (cfg.layout.bucket or BUCKET_ELEMENTS)), 1)
         gradients, parameters = (whole * ELEMENT[dtype] / buckets for dtype in (cfg.optim.grad_dtype, cfg.run.dtype))

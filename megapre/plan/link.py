@@ -10,9 +10,11 @@ the collective and the number of ranks (nccl-tests, doc/PERFORMANCE.md).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
+from typing import Protocol
 
 from ..errors import UserError
 
@@ -42,20 +44,45 @@ class FitError(UserError):
     """Times that tell no latency and bandwidth."""
 
 
+class Timed(Protocol):
+    """Whatever tells what a collective takes."""
+
+    def seconds(self, collective: str, size: float, ranks: int) -> float:
+        """Of one call; 0 among one rank. `size` in bytes, as nccl-tests counts it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Link:
-    """Seconds, bus bandwidth in bytes/s; `error` is the median relative deviation of the times it was fitted to, and
-    `worst` the largest.
+    """Seconds, bus bandwidth in bytes/s; `times` are those it was fitted to, seconds by size in bytes, `error` their
+    median relative deviation from it, and `worst` the largest.
     """
 
     latency: float
     bandwidth: float
     error: float = 0.0
     worst: float = 0.0
+    times: Mapping[int, float] = field(default_factory=dict)
 
     def seconds(self, collective: str, size: float, ranks: int) -> float:
-        """Of one call; 0 among one rank. `size` in bytes, as nccl-tests counts it."""
+        """Of one call, by the fit; 0 among one rank. `size` in bytes, as nccl-tests counts it."""
         return self.latency + size * FACTORS[collective](ranks) / self.bandwidth if ranks > 1 else 0.0
+
+    def interpolated(self, collective: str, size: float, ranks: int) -> float:
+        """The same by `times`, which must be of `ranks`: on the line through the next sizes on either side, below the
+        smallest as that, beyond the largest from that on at the bandwidth of the fit. Without any, as `seconds`.
+        """
+        if not self.times:
+            return self.seconds(collective, size, ranks)
+        sizes = sorted(self.times)
+        at = bisect_left(sizes, size)
+        if at == 0:
+            return self.times[sizes[0]]
+        if at == len(sizes):
+            return self.times[sizes[-1]] + (size - sizes[-1]) * FACTORS[collective](ranks) / self.bandwidth
+        low, high = sizes[at - 1 : at + 1]
+        share = (size - low) / (high - low)
+        return self.times[low] * (1 - share) + self.times[high] * share
 
 
 def fit(collective: str, ranks: int, times: Mapping[int, float]) -> Link:
@@ -88,7 +115,7 @@ def fit(collective: str, ranks: int, times: Mapping[int, float]) -> Link:
             f"{seconds[-1]:.3g} s at {max(times):,}; measure larger sizes"
         )
     off = _deviations(latency, slope, wire, seconds)
-    return Link(latency, 1 / slope, median(off), max(off))
+    return Link(latency, 1 / slope, median(off), max(off), dict(times))
 
 
 def _least_squares(wire: Sequence[float], seconds: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from ..schedule import Costs, Placement
 from . import params
 from .activations import ELEMENT, stage_activations
 from .communication import OfTensor, of_tensor
-from .link import Link
+from .link import Timed
 from .partition import known_vocab, layers_of_stages
 
 MICRO, GIGA = 1e-6, 1e9
@@ -30,7 +30,7 @@ class Rates:
     memory: float
     latency: float = 10 * MICRO
     link: float = 50 * GIGA
-    tensor: Link | None = None
+    tensor: Timed | None = None
 
 
 def stage_costs(cfg: Config, chunks: int, rates: Rates, placement: Placement | None = None) -> Costs:

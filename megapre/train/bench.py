@@ -62,7 +62,7 @@ def _step(cfg: Config, steps: int, warmup: int, here: Place, device: torch.devic
         cfg, _ = settle(cfg)
     else:
         cfg = cfg if cfg.model.vocab else cfg.with_vocab(VOCAB)
-    chosen = tuned(cfg.layout, here, device)
+    chosen = tuned(cfg, here, device)
     if here.rank == 0 and cfg.layout.comm_profile:
         print(f"communication profile {chosen.state}")
     cfg = cfg.model_copy(update={"layout": chosen.layout})

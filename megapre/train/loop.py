@@ -67,7 +67,7 @@ def run(cfg: Config, resume: bool = False, reorder: bool = False) -> int:
 def _run(cfg: Config, resume: bool, here: Place, device: torch.device, reorder: bool = False) -> int:
     folder = RunFolder(Path(cfg.run.dir) / cfg.name, resume, here.rank)
     cfg, tokenizer = settle(cfg)
-    chosen = tuned(cfg.layout, here, device)
+    chosen = tuned(cfg, here, device)
     cfg = cfg.model_copy(update={"layout": chosen.layout})
     groups = connected(cfg, here, device, chosen.options)
     ranks = groups.world.handle

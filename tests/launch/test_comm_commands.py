@@ -27,9 +27,11 @@ def test_both_commands_write_one_profile(tmp_path: Path) -> None:
     assert tune.returncode == 0, tune.stderr
     assert "products of tp  default overlap_products = false" in tune.stdout
     assert "left out: buckets: there are no replicas, dp = 1" in tune.stdout
-    (profile,) = read(tmp_path / "config" / "megapre" / "comm-profile.json")
-    assert (profile.key["tp"], profile.key["pp"], profile.key["backend"]) == (2, 2, "gloo")
-    assert set(profile.links) <= {"tp", "pp", "world"} and profile.links
+    links, chosen = read(tmp_path / "config" / "megapre" / "comm-profile.json")
+    assert (links.key["tp"], links.key["pp"], links.key["backend"]) == (2, 2, "gloo")
+    assert set(links.links) <= {"tp", "pp", "world"} and links.links and links.chosen is None
+    assert links.key.items() < chosen.key.items() and chosen.chosen is not None
+    assert (chosen.key["hidden"], chosen.key["dtype"]) == (64, "fp32")
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 

@@ -45,7 +45,9 @@ def test_a_known_link_comes_back_within_2_per_cent_for_every_collective_and_axis
     results = run_on(4, fake_run, str(tmp_path))
     assert [code for code, _ in results] == [0, 0, 0, 0]
     assert [bool(said) for _, said in results] == [True, False, False, False]
-    profile, why = find(tmp_path / "p.json", {"device": "cpu", "nodes": 1, "ranks_per_node": 4, "tp": 2, "dp": 2})
+    profile, why = find(
+        tmp_path / "p.json", {"device": "cpu", "nodes": 1, "ranks_per_node": 4, "tp": 2, "dp": 2}, "links"
+    )
     assert profile is not None, why
     assert set(profile.links) == {"tp", "dp", "world"}
     for links in profile.links.values():
@@ -53,6 +55,7 @@ def test_a_known_link_comes_back_within_2_per_cent_for_every_collective_and_axis
         for link in links.values():
             assert link.latency == pytest.approx(LINK.latency, rel=0.02)
             assert link.bandwidth == pytest.approx(LINK.bandwidth, rel=0.02)
+            assert sorted(link.times) == [1 << n for n in range(10, 21)]
     (written,) = (tmp_path / "out").glob("comm_*.json")
     content = json.loads(written.read_text())
     assert {entry["wrong"] for entry in content["rows"]} == {""} and len(content["rows"]) == 3 * len(FACTORS) * 11

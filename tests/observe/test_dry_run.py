@@ -1,5 +1,6 @@
 """`megapre train --dry-run`: what it prints for layouts of any size, what it refuses, that it needs no torch."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from megapre.config import ConfigError, load
 from megapre.data import Sidecar, write_sidecar
 from megapre.mesh import MeshError
 from megapre.observe import dry_run
+from megapre.plan import Link
+from megapre.plan.comm_profile import write as write_profile
 from megapre.plan.partition import StageError
 from megapre.schedule import ScheduleError, build, write
 
@@ -83,6 +86,53 @@ def test_what_cannot_be_is_told_before_anything_is_printed(capsys: pytest.Captur
     with pytest.raises(StageError, match=r"set model.vocab"):
         dry_run.run(load("llama3-8b", ["layout.pp=4", "model.vocab=0"]))
     assert capsys.readouterr().out == ""
+
+
+def drawn(out: str) -> list[str]:
+    return [line.partition("  ")[2] for line in out.splitlines() if line.startswith("rank ") and "layers" not in line]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_a_tiny_model_is_drawn_without_the_messages_that_would_hide_it(
+    capsys: pytest.CaptureFixture[str], schedule: str
+) -> None:
+    """Every action of it has a letter and its micro-batch, where messages take tens of times as long."""
+    demo = load("demo", ["layout.pp=4", "model.vocab=512", "batch.micro=1", f"layout.schedule={schedule}"])
+    dry_run.run(demo)
+    out = capsys.readouterr().out
+    table = build(schedule, ranks=4, chunks=1, micro_batches=4)
+    for row, program in zip(drawn(out), table, strict=True):
+        assert "".join(filter(str.isalpha, row)) == "".join(action.kind for action in program)
+    assert re.search(r"as if messages took no time: one takes 15.2 us here, actions 0\.\d+ to [12]\.\d+ us. With", out)
+    assert "bubble 1" in out.splitlines()[-2]
+
+
+def test_a_large_model_is_drawn_with_its_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run.run(load("llama3-8b", ["layout.pp=4", "layout.tp=1", "batch.global=8"]))
+    out = capsys.readouterr().out
+    assert "as if messages" not in out
+    assert len(drawn(out)) == 4 and all(row.count("F") >= 8 for row in drawn(out))
+
+
+def test_measured_links_are_counted_and_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    write_profile(
+        file,
+        {"hardware": dry_run.GPU, "tp": 2, "pp": 4, "cp": 1, "dp": 1},
+        {
+            "pp": {"send_recv": Link(1e-3, 1e9)},
+            "tp": {name: Link(1e-3, 1e9) for name in ("all_gather", "reduce_scatter")},
+        },
+    )
+    layout = ["layout.pp=4", "layout.tp=2", "batch.global=8"]
+    takes = []
+    for profile in ("", str(file)):
+        dry_run.run(load("llama3-8b", [*layout, f"layout.comm_profile={profile}"]))
+        out = capsys.readouterr().out
+        takes.append(float(out.split("takes ")[1].split(",")[0]))
+        assert ("messages: 1 GB/s + 1000 us, measured" in out) == bool(profile)
+        assert (f"tensor-parallel ranks: measured among 2 ranks ({file} of " in out) == bool(profile)
+    assert takes[1] > 1.5 * takes[0]
 
 
 def test_another_gpu_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,15 +102,43 @@ def test_compare_takes_the_measured_link_of_this_layout_alone(
     key = {"device": "cuda", "hardware": "NVIDIA H100 80GB HBM3", "nodes": 64, "tp": 8, "pp": 4, "cp": 1, "dp": 16}
     file = tmp_path / "comm-profile.json"
     write(file, key, {"pp": {"send_recv": Link(2.5e-5, 4.21e10)}})
+    write(file, {**key, "dtype": "bf16"}, chosen={"bucket_elements": 4096})  # newer, and no link
     words = ["compare", "llama3-70b", "--micro-batches", "16", "--comm-profile", str(file)]
     assert run(monkeypatch, *words, "--world", "512") == 0
-    assert "messages and replicas 42.1 GB/s + 25 us" in capsys.readouterr().out
-    with pytest.warns(UserWarning, match="dp was 16 and is 8; measure again"):
-        assert run(monkeypatch, *words, "--world", "256") == 0
-    assert "messages and replicas 50 GB/s + 10 us" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "\nmessages: 42.1 GB/s + 25 us, measured" in shown
+    assert "\nreplicas: 42.1 GB/s + 25 us, as given; not measured: " in shown
+    assert "\ntensor-parallel ranks: 300 GB/s + 10 us, as given; not measured: " in shown
+    assert run(monkeypatch, *words, "--world", "256") == 0
+    shown = capsys.readouterr().out
+    assert "messages: 50 GB/s + 10 us, as given; not measured: " in shown and "dp was 16 and is 8; measure" in shown
     write(file, {**key, "dp": 8}, {"tp": {"all_reduce": Link(2.5e-5, 4.21e10)}})
-    with pytest.warns(UserWarning, match="no send_recv of the pp axis"):
-        assert run(monkeypatch, *words, "--world", "256") == 0
+    assert run(monkeypatch, *words, "--world", "256") == 0
+    assert "has no send_recv of the pp axis" in capsys.readouterr().out
+
+
+def test_compare_counts_with_the_measured_links_of_tp_and_dp(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Slow ones, so that the step and what replicas add to it show that they count."""
+    key = {"hardware": "NVIDIA H100 80GB HBM3", "tp": 8, "pp": 4, "cp": 1}
+    file = tmp_path / "comm-profile.json"
+    both = {name: Link(0.5, 1e12) for name in ("all_gather", "reduce_scatter")}
+    write(file, {**key, "dp": 8}, {"tp": both, "dp": both})
+    write(file, {**key, "dp": 32}, {"dp": both})
+    words = ["compare", "llama3-70b", "--micro-batches", "16", "--world", "512"]
+    steps, exposed = [], []
+    for more in ([], ["--comm-profile", str(file)]):
+        assert run(monkeypatch, *words, *more) == 0
+        shown = capsys.readouterr().out
+        (row,) = [line.split() for line in shown.splitlines() if line.startswith("1f1b")]
+        cells = [cell.replace(",", "") for cell in row if cell != "*"]
+        steps.append(float(cells[2]))
+        exposed.append(float(cells[6]))
+    assert f"replicas: interpolated between those measured among 8 and 32 ranks ({file} of " in shown
+    assert f"tensor-parallel ranks: measured among 8 ranks ({file} of " in shown
+    assert steps[1] > 1000 * 16 > steps[0], "0.5 s for each layer and collective"
+    assert exposed[1] > 500 + exposed[0], "the last bucket's sum, at least"
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,21 @@ import pytest
 import torch
 
 from megapre.config import load
+from megapre.data import with_vocab_of_data
 from megapre.mesh import Mesh
 from megapre.parallel.comm import AXES, Options, Place
-from megapre.parallel.tuned import key, options
+from megapre.parallel.tuned import key, options, work
 from megapre.plan.comm_profile import write
 from megapre.train.step import Engine
 
 
 @pytest.fixture
-def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def profile(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Of two ranks of this machine that cut a model."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    here = key(torch.device("cpu"), Place(0, 2, 0, 2), Mesh(2, tp=2))
+    cpu = torch.device("cpu")
+    cfg = load("debug", [f'data.train=["{corpus}"]', "layout.tp=2", "batch.micro=1"])
+    here = {**key(cpu, Place(0, 2, 0, 2), Mesh(2, tp=2)), **work(with_vocab_of_data(cfg), cpu), "threads": 1}
     write(tmp_path / "p.json", here, chosen={"bucket_elements": 4096, "overlap_products": True})
     return tmp_path / "p.json"
 
