@@ -1,11 +1,11 @@
 """One command that proves megapre on the GPU at hand: `make gpu-check`, or `python benchmarks/gpu_check.py`.
 
 It uses the interpreter that runs it and needs no network: the native libraries, CUDA kernels among them, are built in
-place, Triton's cache is filled on all cores, then the GPU tests, compute-sanitizer on small shapes, the kernel table,
-all implementations beside each other, and a training step against its peers run one after the other, each in a process
-of its own under a time limit. A part may use what earlier ones have left of theirs, but not the seconds that are kept
-for those to come. What it printed is kept in its log; one that fails or runs out of time does not stop the next. The
-summary is written after every part, so a run that is cut off keeps what it had:
+place, Triton's cache is filled on all cores, then the GPU tests, compute-sanitizer on small shapes, every
+implementation of every op against its peers, and a training step against its peers run one after the other, each in a
+process of its own under a time limit. A part may use what earlier ones have left of theirs, but not the seconds that
+are kept for those to come. What it printed is kept in its log; one that fails or runs out of time does not stop the
+next. The summary is written after every part, so a run that is cut off keeps what it had:
 
     benchmarks/results/gpu_check_<hardware>_<date>.{json,md}     the summary
     benchmarks/results/gpu_check_<hardware>_<date>_logs/*.log    what each part printed (not for the repository)
@@ -123,8 +123,8 @@ def parts(out: Path) -> list[Part]:
         Part(
             "tests",
             "every test marked gpu, in processes beside each other",
-            240,
-            110,
+            250,
+            120,
             [PYTHON, "benchmarks/gpu_tests.py", "--seconds={seconds}", f"--out={to}/gpu_tests_logs"],
         ),
         Part(
@@ -137,26 +137,19 @@ def parts(out: Path) -> list[Part]:
         ),
         Part(
             "kernels",
-            "the kernel table against peers and the measured ceilings",
-            150,
-            90,
-            [PYTHON, "benchmarks/kernels_gpu.py", f"--out={to}", "--budget={seconds}"],
-        ),
-        Part(
-            "implementations",
-            "every implementation of every op beside the others, in per cent of the ceilings",
-            90,
-            40,
+            "every implementation of every op against its peers, the measured ceilings and the goals",
+            200,
+            120,
             [
-                *(PYTHON, "-m", "megapre", "bench", "kernels", "--set=gpu-quick", "--device=cuda"),
+                *(PYTHON, "-m", "megapre", "bench", "kernels", "--set=gpu", "--device=cuda"),
                 *(f"--out={to}", "--budget={seconds}"),
             ],
         ),
         Part(
             "train-step",
             "the training step against peers",
-            180,
-            100,
+            190,
+            110,
             [
                 *(PYTHON, "benchmarks/train_step.py", "--device=cuda", "--repeats=1"),
                 *(f"--out={to}", "--budget={seconds}"),

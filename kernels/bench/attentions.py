@@ -9,6 +9,9 @@ from torch.nn import functional as F
 
 from ..attention import visible
 from .case import Case, Function, Sizes, compiled, randn, take, twice
+from .exact import wider
+
+CHUNK = 1024  # queries whose exact scores are held at once
 
 
 def attention(sizes: Sizes, dtype: str, device: str) -> Case:
@@ -48,9 +51,39 @@ def attention(sizes: Sizes, dtype: str, device: str) -> Case:
     if device != "cpu":
         peers = _flex(cu_seqlens, sizes, device) if documents else {} if window else _backends(own)
     upstream = [torch.randn_like(leaves[0])]
+    group = heads // k_heads
+
+    def view(results: list[Tensor]) -> list[Tensor]:
+        """Of the last sequence the last key head, with its queries: exact scores of all heads would be too large."""
+        return [result[-1, :, -group if result.shape[2] == heads else -1 :].transpose(0, 1) for result in results]
+
+    def exact() -> list[Tensor]:
+        q, k, v, do = (t.to(wider(dtype)) for t in view([*leaves, *upstream]))
+        return _exact(q, k[0], v[0], do, None if mask is None else mask[-1, 0])
+
     return Case(
-        "attention", sizes, dtype, device, "product", work, adapt, lambda wrap: wrap(own), leaves, upstream, peers
+        "attention", sizes, dtype, device, "product", work, adapt, lambda wrap: wrap(own), leaves, upstream, peers,
+        exact=exact, view=view, compiles=False,
     )  # fmt: skip
+
+
+def _exact(q_GSD: Tensor, k_SD: Tensor, v_SD: Tensor, do_GSD: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """o, dq, dk, dv of causal attention of G query heads to one key head, some queries at a time."""
+    length, scale = k_SD.shape[0], k_SD.shape[1] ** -0.5
+    o, dq = torch.empty_like(q_GSD), torch.empty_like(q_GSD)
+    dk, dv = torch.zeros_like(k_SD), torch.zeros_like(v_SD)
+    token = torch.arange(length, device=k_SD.device)
+    for at in token.split(CHUNK):
+        seen = at[:, None] >= token if mask is None else mask[at]
+        q, do = q_GSD[:, at], do_GSD[:, at]
+        p = (q @ k_SD.T * scale).masked_fill(~seen, -torch.inf).softmax(-1)
+        o[:, at] = p @ v_SD
+        dv += (p.transpose(1, 2) @ do).sum(0)
+        dp = do @ v_SD.T
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+        dq[:, at] = ds @ k_SD
+        dk += (ds.transpose(1, 2) @ q).sum(0)
+    return [o, dq, dk[None], dv[None]]
 
 
 def _backends(function: Function) -> dict[str, Function]:

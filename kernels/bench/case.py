@@ -9,25 +9,31 @@ same), and on CUDA SDPA's backends, flex_attention and Liger where they are ther
 """
 
 import importlib
-import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import registry
+from .. import registry, vocab_parallel
 from ..cost import cost
 from ..triton import ops as triton
+from ..vocab_parallel_linear_cross_entropy import REGISTERED, Halves
 
 Function = Callable[..., Any]
 Wrap = Callable[[Function], Function]
 Sizes = Mapping[str, int]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-PEERS = ("torch", "compile", "fused_fp32", "cudnn", "flash", "efficient", "flex", "liger", "unsharded")
-"""Providers that are not implementations of the op, whatever op they serve."""
+PEERS = (
+    *("torch", "compile", "fused_fp32", "cudnn", "flash", "efficient", "flex", "liger", "unsharded"),
+    *("apex", "transformer_engine", "flash_attention_2", "flash_attention_3"),
+)
+"""Providers that are not this package's own, whatever op they serve."""
+COMPILED = ("compile", "flex")
+"""Providers that torch.compile makes."""
 
 EPS, IGNORE = 1e-6, -100
 MODES = ("forward", "backward", "full", "step")
@@ -35,16 +41,22 @@ MODES = ("forward", "backward", "full", "step")
 
 
 class Provider(NamedTuple):
-    """A function of a case's leaves. `why_not` is empty when it can run here; `peer`: not this package's own."""
+    """A function of a case's leaves. `why_not` is empty when it can run here; `peer`: not this package's own. It is
+    called inside `within()`."""
 
     function: Function
     why_not: str
     peer: bool
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass
 class Case:
-    """One op at one size. `work` maps modes to (FLOPs, bytes), `bound` is the ceiling: "copy" or "product"."""
+    """One op at one size. `work` maps modes to (FLOPs, bytes), `bound` is the ceiling: "copy" or "product".
+
+    A provider's results are its outputs and, where a mode takes them, the gradients of the leaves. `exact` makes what
+    they should be in a wider dtype, of the part that `view` takes from them; None: all of `plain` on wide leaves.
+    """
 
     op: str
     sizes: dict[str, int]
@@ -58,9 +70,10 @@ class Case:
     upstream: list[Tensor] = field(default_factory=list)
     peers: dict[str, Function] = field(default_factory=dict)
     prepare: Callable[[], None] | None = None  # before every call, not timed
-    tolerance: float = (
-        0.25  # ||a - b|| / ||b||: who is further off computes something else (how exact they are, tests say)
-    )
+    exact: Callable[[], list[Tensor]] | None = None
+    view: Callable[[list[Tensor]], list[Tensor]] = field(default=lambda results: results)
+    sunk: int | None = None  # the leaf whose gradient its owner wants in an fp32 buffer, as in training
+    compiles: bool = True  # whether torch.compile of the peer in plain torch says anything
 
     @property
     def shape(self) -> str:
@@ -75,7 +88,8 @@ class Case:
         if self.plain is not None:
             if "torch" not in found:
                 found["torch"] = Provider(self.plain(lambda function: function), "", True)
-            found["compile"] = Provider(self.plain(compiled), "", True)
+            if self.compiles:
+                found["compile"] = Provider(self.plain(compiled), "", True)
         found.update({name: Provider(function, "", True) for name, function in self.peers.items()})
         return found
 
@@ -92,19 +106,45 @@ def implementations(op: str) -> list[registry.Implementation]:
     return [registry.Implementation(op, name, function, why_not) for name, function, why_not in IN_PLACE[op]]
 
 
-def _native_cross_entropy_(*arguments: Any) -> Tensor:
-    return torch.ops.megapre.cross_entropy_(*arguments)  # type: ignore[no-any-return]
+def _native_cross_entropy_(logits: Tensor, labels: Tensor, vocab: int) -> Tensor:
+    return torch.ops.megapre.cross_entropy_(logits, labels, None, IGNORE, 0.0, 0.0, vocab)  # type: ignore[no-any-return]
 
 
-def _triton_cross_entropy_(*arguments: Any) -> Tensor:
+def _triton_cross_entropy_(logits: Tensor, labels: Tensor, vocab: int) -> Tensor:
     module = importlib.import_module("..triton.cross_entropy", __package__)
-    return module.forward_in_place(*arguments)  # type: ignore[no-any-return]
+    return module.forward_in_place(logits, labels, None, IGNORE, 0.0, 0.0, vocab)  # type: ignore[no-any-return]
 
 
+def _shard(halves: Halves) -> Function:
+    """A shard's share of a vocabulary over RANKS: its statistics, the merge with the others', its gradient in place."""
+
+    def losses_(logits: Tensor, labels: Tensor, vocab: int) -> Tensor:
+        own = halves.local(logits, labels, 0, vocab, IGNORE, 0.0)
+        gathered = own.new_zeros(RANKS, *own.shape)
+        gathered[1:, :, 0] = -torch.inf  # the other shards hold nothing
+        gathered[0] = own
+        losses, lse = halves.merge(gathered, labels, vocab, IGNORE, 0.0, 0.0)
+        halves.gradient_(logits, labels, lse, None, 0, vocab, IGNORE, 0.0, 0.0)
+        return losses
+
+    return losses_
+
+
+RANKS = 8
+_HALVES = ("cross_entropy_local", "cross_entropy_local_backward_")
+_PLAIN = Halves(vocab_parallel.local_reference, vocab_parallel.merge, vocab_parallel.gradient_reference_)
+_TRITON = Halves(triton._local, triton._merge, triton._gradient_)
 IN_PLACE: dict[str, list[tuple[str, Function, Callable[[str], str]]]] = {
     "cross_entropy_": [
         ("native", _native_cross_entropy_, registry._needs_native("cross_entropy_")),
         ("triton", _triton_cross_entropy_, triton.why_not),
+        ("cuda", _native_cross_entropy_, registry._needs_cuda("cross_entropy_")),
+    ],
+    "vocab_parallel_cross_entropy_": [
+        ("native", _shard(REGISTERED), registry._needs_native(*_HALVES)),
+        ("triton", _shard(_TRITON), triton.why_not),
+        ("cuda", _shard(REGISTERED), registry._needs_cuda(*_HALVES)),
+        ("reference", _shard(_PLAIN), registry._nothing),
     ],
 }
 
@@ -142,12 +182,3 @@ def refill(targets: list[Tensor], sources: list[Tensor]) -> Callable[[], None]:
             target.copy_(source)
 
     return prepare
-
-
-def distance(got: Tensor, known: Tensor) -> float:
-    """||got - known|| / ||known||; infinite where shapes differ or got holds NaN, which no maximum may lose."""
-    if got.shape != known.shape:
-        return math.inf
-    wide = known.double()
-    error = float((got.double() - wide).norm() / wide.norm().clamp(min=1e-30))
-    return math.inf if math.isnan(error) else error

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..cost import cost
 from .case import Case, Function, Sizes, Wrap, randn, refill, take, twice
+from .exact import through_autograd, wider
 
 
 def _rope_inputs(sizes: Sizes, dtype: str, device: str) -> tuple[dict[str, int], list[Tensor], tuple[Tensor, Tensor]]:
@@ -25,6 +26,16 @@ def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+def _exact(q_and_k: list[Tensor], tables: tuple[Tensor, Tensor], upstream: list[Tensor], dtype: str) -> list[Tensor]:
+    """Both turned, and the gradients, by tables in the wider dtype."""
+    wide = [torch.cat((table, table), -1)[None, :, None].to(wider(dtype)) for table in tables]
+
+    def turned(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return _rotate_half(q, *wide), _rotate_half(k, *wide)
+
+    return through_autograd(turned, q_and_k, upstream, wider(dtype))
+
+
 def rope(sizes: Sizes, dtype: str, device: str) -> Case:
     sizes, leaves, (cos, sin) = _rope_inputs(sizes, dtype, device)
     wide = [torch.cat((table, table), -1)[None, :, None].to(leaves[0].dtype) for table in (cos, sin)]
@@ -37,7 +48,10 @@ def rope(sizes: Sizes, dtype: str, device: str) -> Case:
 
     upstream = [torch.randn_like(leaf) for leaf in leaves]
     work = twice("rope", sizes, dtype)
-    return Case("rope", sizes, dtype, device, "copy", work, adapt, lambda wrap: wrap(own), leaves, upstream)
+    return Case(
+        "rope", sizes, dtype, device, "copy", work, adapt, lambda wrap: wrap(own), leaves, upstream,
+        exact=lambda: _exact(leaves, (cos, sin), upstream, dtype),
+    )  # fmt: skip
 
 
 def rope_(sizes: Sizes, dtype: str, device: str) -> Case:
@@ -61,4 +75,7 @@ def rope_(sizes: Sizes, dtype: str, device: str) -> Case:
         return step
 
     work = {"step": cost("rope", sizes, dtype)}
-    return Case("rope_", sizes, dtype, device, "copy", work, adapt, plain, prepare=refill([qkv], [fresh]))
+    return Case(
+        "rope_", sizes, dtype, device, "copy", work, adapt, plain, prepare=refill([qkv], [fresh]),
+        exact=lambda: _exact([q, k], (cos, sin), [q, k], dtype)[:2],
+    )  # fmt: skip

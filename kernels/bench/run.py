@@ -1,223 +1,217 @@
-"""Cases into rows: every provider of a case in turn, against its peers and against the ceiling of the same run."""
+"""Cases into rows: every provider of a case against its peers, an exact result, and the ceiling of the same run."""
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 import torch._functorch.config as functorch
 from torch import Tensor
 
 from .. import registry
-from .case import DTYPES, Case, Provider, distance, implementations
-from .timer import Ceilings, Timer, Work, quantile
+from .case import COMPILED, DTYPES, Case, Provider, implementations
+from .ceilings import Ceilings
+from .exact import OF_A_PEER, TOLERANCE, error, exact
+from .row import Goals, Held, Row, compare, hold
+from .timer import Prepare, Work, quantile, timer_of
+from .works import prepared
 
-
-@dataclass
-class Row:
-    """One provider of one op at one size in one mode. Times in ms; rates by the time that counts on the device.
-
-    `of_ceiling` is a fraction, `ratio` the time of the fastest peer over this one. A provider that could not be timed
-    has no repeats, and a note that says why. `wall_ms` is a call's wall-clock time on CUDA, with what Python costs: 0
-    on a CPU, where all times are that, and where something is prepared before each call.
-    """
-
-    op: str
-    shape: str
-    dtype: str
-    mode: str
-    provider: str
-    peer: bool
-    in_use: bool
-    repeats: int = 0
-    min_ms: float = 0.0
-    p20_ms: float = 0.0
-    p50_ms: float = 0.0
-    p80_ms: float = 0.0
-    wall_ms: float = 0.0
-    flops: int = 0
-    bytes: int = 0
-    gb_s: float = 0.0
-    tflop_s: float = 0.0
-    bound: str = "copy"
-    of_ceiling: float = 0.0
-    best_peer: str = ""
-    ratio: float | None = None
-    goal: str = ""
-    reached: float | None = None
-    met: bool | None = None
-    note: str = ""
-    best_ms: float = field(default=0.0, repr=False)
-
-    def time(self, times: list[float], by: str) -> None:
-        """Fills times and rates in from the repeats; `by` is "minimum" or "median"."""
-        self.repeats, self.min_ms = len(times), min(times)
-        self.p20_ms, self.p50_ms, self.p80_ms = (quantile(times, at) for at in (0.2, 0.5, 0.8))
-        self.best_ms = self.min_ms if by == "minimum" else self.p50_ms
-        self.gb_s, self.tflop_s = self.bytes / self.best_ms / 1e6, self.flops / self.best_ms / 1e9
+COMPILE_SHARE = 0.4  # of the budget, at most, for providers that torch.compile makes
+PROBES = 7  # of a ceiling, before a case on CUDA
 
 
 class Plan(NamedTuple):
-    """A case still to be built (it takes memory), in the modes wanted of it."""
+    """A case still to be built (it takes memory), in the modes wanted of it. `title`: its op, shape and dtype."""
 
     build: Callable[[], Case]
-    modes: Collection[str]
-    goals: Mapping[str, tuple[str, float]] | None = None
+    modes: Collection[str] = ()
+    goals: Goals | None = None
+    title: tuple[str, str, str] = ("", "", "")
 
 
 class Runner:
     """Measures cases on one device. `rows` grows with each; `finish` holds them against the ceilings of the run.
 
-    `wanted` are provider names, none for all but `reference` (unless an op has nothing else) and `compile`.
+    `wanted` are provider names. None: all but `reference` (unless an op has nothing else), `compile` on a CPU, and on
+    CUDA those that pass calls on to others, unless they are in use.
     """
 
     def __init__(self, device: str, wanted: Collection[str] = (), repeats: int = 25, cold: bool = True) -> None:
         self.device, self.wanted, self.repeats = device, set(wanted), repeats
-        self.timer, self.ceilings = Timer(device, cold), Ceilings(device)
+        self.timer = timer_of(device, cold)
+        with self.timer.scope():
+            self.ceilings = Ceilings(device)
         self.rows: list[Row] = []
+        self._held: list[tuple[list[Row], Goals]] = []
+        self._end = self._most_compiling = float("inf")
+        self._compiling = 0.0
 
     def run(self, plans: Iterable[Plan], budget: float = float("inf")) -> Iterator[list[Row]]:
         """Yields the rows of each case when they are there. What has not begun after `budget` seconds is left out.
 
-        Every case gets an even share of what is left, and each provider at least three calls.
+        Every case gets an even share of what is left, and each provider a few calls in any case.
         """
-        end, plans = time.monotonic() + budget, list(plans)
+        plans, self._end = list(plans), time.monotonic() + budget
+        self._most_compiling = COMPILE_SHARE * budget
         for at, plan in enumerate(plans):
-            left = end - time.monotonic()
+            left = self._end - time.monotonic()
             if left <= 0:
                 return
             before = len(self.rows)
-            self.case(plan.build(), plan.modes, left / (len(plans) - at), plan.goals)
+            self._build_and_measure(plan, left / (len(plans) - at))
             yield self.rows[before:]
 
+    def _build_and_measure(self, plan: Plan, budget: float) -> None:
+        self.timer.clear()
+        try:
+            with self.timer.scope():
+                case = plan.build()
+            self.case(case, plan.modes, budget, plan.goals)
+        except Exception as failure:  # too large for the device, or the device is lost
+            self.rows.append(Row(*plan.title, "", "every provider", False, False, note=brief(failure)))
+
     def case(
-        self,
-        case: Case,
-        modes: Collection[str] = (),
-        budget: float = float("inf"),
-        goals: Mapping[str, tuple[str, float]] | None = None,
+        self, case: Case, modes: Collection[str] = (), budget: float = float("inf"), goals: Goals | None = None
     ) -> list[Row]:
         """The rows of one case in those of `modes` that it has (none: all), in about `budget` seconds."""
-        begun, before = time.monotonic(), len(self.rows)
+        end = time.monotonic() + budget
         modes = [mode for mode in case.work if not modes or mode in modes or mode == "step"]
-        providers = self._providers(case)
-        results: list[Tensor] | None = None
-        ready: dict[str, dict[str, Work]] = {}
-        notes: dict[str, str] = {}
-        for name in sorted(providers, key=lambda name: name != "torch"):  # the others are compared with it
-            try:
-                works, found = prepared(case, providers[name].function, modes)
-            except Exception as failure:  # a peer can fail in any way, and the others shall be measured
-                notes[name] = brief(failure)
-                continue
-            worst = max((distance(a, b) for a, b in zip(found, results or found, strict=True)), default=0.0)
-            if worst <= case.tolerance:
-                ready[name], results = works, found if results is None else results
-            else:
-                notes[name] = f"wrong: {worst:.1e} off, above {case.tolerance:.0e}; not timed"
-        in_use = self._in_use(case)
-        for at, mode in enumerate(modes):
-            share = (begun + budget - time.monotonic()) / (len(modes) - at)
-            rows = {
-                name: Row(case.op, case.shape, case.dtype, mode, name, providers[name].peer, name == in_use)
-                for name in providers
-            }
-            self._measure(case, mode, rows, {name: works[mode] for name, works in ready.items()}, share)
-            for name, row in rows.items():
-                row.note = notes.get(name, "")
-            _compare(list(rows.values()), (goals or {}).get(mode))
-            self.rows += rows.values()
-        return self.rows[before:]
+        providers, in_use = self._providers(case), self._in_use(case)
+        of_mode = {mode: [self._row(case, mode, name, providers[name], in_use) for name in providers] for mode in modes}
+        names = list(providers)
+        batches = [names] if self.timer.together else [[name] for name in names]
+        # A compiled backward reuses what was kept for it, unless told beforehand that it will be needed again.
+        with self.timer.scope(), functorch.patch(donated_buffer=False):
+            known = exact(case)
+            if not self.timer.together:
+                self._probe(case)
+            for at, batch in enumerate(batches):
+                here = {m: {row.provider: row for row in rows if row.provider in batch} for m, rows in of_mode.items()}
+                share = (end - time.monotonic()) / (len(batches) - at)
+                self._batch(case, {name: providers[name] for name in batch}, here, known, share)
+        found = [row for rows in of_mode.values() for row in rows]
+        for rows in of_mode.values():
+            compare(rows)
+        self.rows += found
+        self._held.append((found, goals or {}))
+        return found
 
     def finish(self) -> list[Row]:
-        """Holds every row against its ceiling, now that the best of the run is known."""
+        """Holds every row against its ceiling, as far as the best of the run is known."""
         for row in self.rows:
             if row.repeats:
                 rate = row.gb_s if row.bound == "copy" else row.tflop_s
                 row.of_ceiling = rate / self.ceilings.rate(row.bound, row.dtype)
         return self.rows
 
+    def held(self) -> list[Held]:
+        """Rows held to the goals of their cases, once `finish` has been called."""
+        return [held for rows, goals in self._held for held in hold(rows, goals)]
+
+    def _row(self, case: Case, mode: str, name: str, provider: Provider, in_use: str) -> Row:
+        flops, moved = case.work[mode]
+        row = Row(case.op, case.shape, case.dtype, mode, name, provider.peer, name == in_use)
+        row.flops, row.bytes, row.bound = flops, moved, case.bound
+        return row
+
+    def _probe(self, case: Case) -> None:
+        """Measures the ceiling of the case once more."""
+        times = self.timer.turns({"": (self.ceilings.probe(case.bound, DTYPES[case.dtype]), None)}, PROBES)[""]
+        self.ceilings.note(case.bound, case.dtype, quantile(times, 0.5))
+
+    def _batch(
+        self, case: Case, batch: dict[str, Provider], rows: dict[str, dict[str, Row]], known: list[Tensor], share: float
+    ) -> None:
+        """Prepares and checks the providers of a batch and measures those that are right, taking turns."""
+        begun = time.monotonic()
+        ready: dict[str, dict[str, Work]] = {}
+        with ExitStack() as stack:
+            for name, provider in batch.items():
+                stack.enter_context(provider.within())
+                note = self._skipped(name) or self._prepare(case, name, provider, rows, known, ready)
+                for of_provider in rows.values():
+                    of_provider[name].note = note
+            for at, (mode, of_mode) in enumerate(rows.items()):
+                left = (begun + share - time.monotonic()) / (len(rows) - at)
+                works = {name: found[mode] for name, found in ready.items()}
+                try:
+                    self._measure(case, of_mode, works, time.monotonic() + left)
+                except Exception as failure:
+                    for name in works:
+                        of_mode[name].note = brief(failure)
+        if any(name in COMPILED for name in batch):
+            self._compiling += time.monotonic() - begun
+
+    def _skipped(self, name: str) -> str:
+        """Why a provider is passed over, if it is."""
+        if self.timer.together:
+            return ""
+        if time.monotonic() >= self._end:
+            return "skipped: the budget is spent"
+        if name in COMPILED and not self.wanted and self._compiling > self._most_compiling:
+            return f"skipped: {self._compiling:.0f} s were spent on compiled providers, the most that they may have"
+        return ""
+
+    def _prepare(
+        self,
+        case: Case,
+        name: str,
+        provider: Provider,
+        rows: dict[str, dict[str, Row]],
+        known: list[Tensor],
+        ready: dict[str, dict[str, Work]],
+    ) -> str:
+        """Puts the calls of a provider that computes what it should into `ready`; else why it is not timed."""
+        try:
+            if name in COMPILED:
+                torch._dynamo.reset()  # it compiles a function for a few shapes only, then runs it as it is
+            works, results = prepared(case, provider.function, rows)
+            off = error(case, results, known)
+        except Exception as failure:  # a peer can fail in any way, and the others shall be measured
+            return brief(failure)
+        for of_provider in rows.values():
+            of_provider[name].error = off
+        most = OF_A_PEER if provider.peer else TOLERANCE[DTYPES[case.dtype].itemsize]
+        if off > most:
+            return f"wrong: {off:.1e} off, above {most:.0e}; not timed"
+        ready[name] = works
+        return ""
+
+    def _measure(self, case: Case, rows: dict[str, Row], works: dict[str, Work], deadline: float) -> None:
+        """Times the works in turn, on a CPU with the probe of their ceiling between them, and fills their rows in."""
+        if not works:
+            return
+        turns: dict[str, tuple[Work, Prepare]] = {name: (work, case.prepare) for name, work in works.items()}
+        if self.timer.together:
+            turns[""] = (self.ceilings.probe(case.bound, DTYPES[case.dtype]), None)
+        for work, prepare in turns.values():
+            self.timer.milliseconds(work, prepare)  # warm up
+        times = self.timer.turns(turns, self.repeats, self.timer.until(deadline))
+        if "" in times:
+            self.ceilings.note(case.bound, case.dtype, min(times.pop("")))
+        for name, taken in times.items():
+            rows[name].time(taken, self.timer.by)
+            rows[name].add(self.timer.beside(works[name], case.prepare, self.repeats))
+
     def _providers(self, case: Case) -> dict[str, Provider]:
+        """Those to measure, what torch.compile makes last."""
         usable = {name: provider for name, provider in case.providers().items() if not provider.why_not}
         if self.wanted:
             return {name: provider for name, provider in usable.items() if name in self.wanted}
-        rows = [row.name for row in implementations(case.op) if row.name in usable]
-        left_out = {"compile"} | ({"reference"} if rows != ["reference"] else set())
-        return {name: provider for name, provider in usable.items() if name not in left_out}
+        rows = [row for row in implementations(case.op) if row.name in usable]
+        left_out = {"reference"} if [row.name for row in rows] != ["reference"] else set()
+        if self.device == "cpu":
+            left_out |= {"compile"}
+        else:
+            left_out |= {row.name for row in rows if row.serves} - {self._in_use(case)}
+        names = sorted((name for name in usable if name not in left_out), key=lambda name: name in COMPILED)
+        return {name: usable[name] for name in names}
 
     def _in_use(self, case: Case) -> str:
         if case.op in registry.OPS:
             return registry.choose(self.device, None, DTYPES[case.dtype]).names[case.op]
         return next((name for name, provider in case.providers().items() if not provider.why_not), "")
-
-    def _measure(self, case: Case, mode: str, rows: dict[str, Row], works: dict[str, Work], share: float) -> None:
-        """Times the works in turn with the probe of their ceiling between them, and fills their rows in."""
-        if not works:
-            return
-        deadline = time.monotonic() + share
-        probe = self.ceilings.probe(case.bound, DTYPES[case.dtype])
-        turns: dict[str, tuple[Work, Callable[[], None] | None]] = {
-            name: (work, case.prepare) for name, work in works.items()
-        }
-        turns[""] = (probe, None)
-        self.timer.turns(turns, 1)  # warm up
-        times = self.timer.turns(turns, self.repeats, deadline)
-        self.ceilings.note(case.bound, case.dtype, min(times.pop("")))
-        for name, taken in times.items():
-            rows[name].bound = case.bound
-            rows[name].flops, rows[name].bytes = case.work[mode]
-            rows[name].time(taken, self.timer.by)
-            if self.timer.device != "cpu" and case.prepare is None:  # it would be in the time
-                rows[name].wall_ms = self.timer.wall(works[name])
-
-
-def prepared(case: Case, function: Callable[..., Any], modes: Collection[str]) -> tuple[dict[str, Work], list[Tensor]]:
-    """One call a mode of a provider, and what it computes: outputs, and gradients where a mode takes them."""
-    if not case.leaves:
-        if case.prepare is not None:
-            case.prepare()
-        return {"step": function}, [t.detach().clone() for t in function()]
-    leaves = [leaf.detach().requires_grad_() for leaf in case.leaves]
-
-    def forward() -> None:
-        with torch.no_grad():
-            function(*leaves)
-
-    def full() -> None:
-        outputs, upstream = _floating(function(*leaves)), case.upstream
-        torch.autograd.grad(outputs, leaves, upstream)
-
-    works: dict[str, Work] = {"forward": forward, "full": full}
-    if modes == ["forward"]:
-        with torch.no_grad():
-            return works, _floating(function(*leaves))
-    outputs = _floating(function(*leaves))
-    keep = "backward" in modes
-    upstream = [given.to(out.dtype) for given, out in zip(case.upstream, outputs, strict=True)]
-    # A compiled backward reuses what was kept for it, unless told that the graph will be needed again.
-    with functorch.patch(donated_buffer=False):
-        grads = torch.autograd.grad(outputs, leaves, upstream, retain_graph=keep)
-    if keep:
-        works["backward"] = lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
-    return works, [*(out.detach() for out in outputs), *grads]
-
-
-def _floating(outputs: Any) -> list[Tensor]:
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
-
-
-def _compare(rows: list[Row], goal: tuple[str, float] | None) -> None:
-    """Fills in the ratio to the fastest peer, and for the implementation in use whether the goal is met."""
-    timed = {row.provider: row for row in rows if row.repeats}
-    peers = [row for row in timed.values() if row.peer]
-    best = min(peers, key=lambda row: row.best_ms, default=None)
-    for row in timed.values():
-        if best is not None:
-            row.best_peer, row.ratio = best.provider, best.best_ms / row.best_ms
-        if goal is not None and row.in_use and goal[0] in timed:
-            row.goal, row.reached = f"{goal[1]:g}x {goal[0]}", timed[goal[0]].best_ms / row.best_ms
-            row.met = row.reached >= goal[1]
 
 
 def brief(failure: BaseException) -> str:

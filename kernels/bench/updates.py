@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
+from ..adamw import reference, stochastic_reference
 from ..cost import cost
 from .case import DTYPES, Case, Function, Sizes, Wrap, randn, take
+
+SOME = 65536  # elements that are compared, and put back before each call
 
 
 def adamw_(sizes: Sizes, dtype: str, device: str) -> Case:
@@ -22,21 +25,26 @@ def adamw_(sizes: Sizes, dtype: str, device: str) -> Case:
         "grad_scale": torch.tensor(0.5, device=device),
     }
     numbers = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
-    start = [t[:65536].clone() for t in (param, *state)]
+    start = [t[:SOME].clone() for t in (param, *state)]
 
     def adapt(function: Function) -> Function:
         def step() -> list[Tensor]:
             function(param, *state, grad, **scalars, **numbers)
-            return [t[:65536] for t in state]
+            return [t[:SOME] for t in state]
 
         return step
+
+    def exact() -> list[Tensor]:
+        weights, exact_master, first, second, gradient = (t.double() for t in (*start, fresh[:SOME]))
+        reference(weights, exact_master, first, second, gradient, **scalars, **numbers)  # type: ignore[arg-type]
+        return [exact_master, first, second]
 
     def fused_fp32() -> list[Tensor]:
         torch._fused_adamw_(
             [master], [fp32_grad], [exp_avg], [state[2]], [], [scalars["step"]], lr=1e-6, beta1=0.9, beta2=0.95,
             weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False, grad_scale=two,
         )  # fmt: skip
-        return [t[:65536] for t in state]
+        return [t[:SOME] for t in state]
 
     two, fp32_grad = torch.tensor(2.0, device=device), fresh.float()
 
@@ -44,11 +52,12 @@ def adamw_(sizes: Sizes, dtype: str, device: str) -> Case:
         grad.copy_(fresh)  # its content is unspecified after a call
         fp32_grad.copy_(fresh)
         for whole, part in zip((param, *state), start, strict=True):
-            whole[:65536] = part
+            whole[:SOME] = part
 
     work = {"step": cost("adamw_", sizes, dtype)}
     return Case(
-        "adamw_", sizes, dtype, device, "copy", work, adapt, peers={"fused_fp32": fused_fp32}, prepare=prepare
+        "adamw_", sizes, dtype, device, "copy", work, adapt, peers={"fused_fp32": fused_fp32}, prepare=prepare,
+        exact=exact,
     )  # fmt: skip
 
 
@@ -64,22 +73,28 @@ def adamw_stochastic_(sizes: Sizes, dtype: str, device: str) -> Case:
         "grad_scale": torch.tensor(0.5, device=device),
     }
     numbers = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "seed": 1, "offset": 0}
-    start = [t[:65536].clone() for t in state]
+    start = [t[:SOME].clone() for t in state]
 
     def adapt(function: Function) -> Function:
         def step() -> list[Tensor]:
             function(*state, grad, **scalars, **numbers)
-            return [t[:65536] for t in state]
+            return [t[:SOME] for t in state]
 
         return step
 
     def prepare() -> None:
         for whole, part in zip(state, start, strict=True):
-            whole[:65536] = part
+            whole[:SOME] = part
+
+    def exact() -> list[Tensor]:
+        """As the op is defined: rounding draws the same bits whoever does it."""
+        param, first, second = (t.clone() for t in start)
+        stochastic_reference(param, first, second, grad[:SOME].clone(), **scalars, **numbers)  # type: ignore[arg-type]
+        return [param, first, second]
 
     size = "fp32" if dtype == "fp32" else "bf16"
     work = {"step": cost("adamw_stochastic_", sizes, size)}
-    return Case("adamw_stochastic_", sizes, dtype, device, "copy", work, adapt, prepare=prepare)
+    return Case("adamw_stochastic_", sizes, dtype, device, "copy", work, adapt, prepare=prepare, exact=exact)
 
 
 def grad_norm(sizes: Sizes, dtype: str, device: str) -> Case:
@@ -94,4 +109,7 @@ def grad_norm(sizes: Sizes, dtype: str, device: str) -> Case:
         return lambda: [norm(grads)]
 
     work = {"step": cost("grad_norm", sizes, dtype)}
-    return Case("grad_norm", sizes, dtype, device, "copy", work, adapt, plain)
+    return Case(
+        "grad_norm", sizes, dtype, device, "copy", work, adapt, plain,
+        exact=lambda: [torch.stack([grad.double().norm() for grad in grads]).norm()],
+    )  # fmt: skip

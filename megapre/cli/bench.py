@@ -39,7 +39,9 @@ def bench_step(recipe: str, overrides: tuple[str, ...], steps: int, warmup: int,
 )
 @click.option("--tokens", default=2048, show_default=True, type=click.IntRange(1), help="T of a recipe's shapes.")
 @click.option("--dtype", "dtypes", default="bf16", show_default=True, help="bf16, fp16, fp32, fp64; with commas.")
-@click.option("--provider", "providers", default="", help="With commas.  [default: all but reference and compile]")
+@click.option(
+    "--provider", "providers", default="", help="With commas.  [default: all but reference; compile on a GPU alone]"
+)
 @click.option("--mode", "modes", default="", help="forward, backward, full; with commas.  [default: all]")
 @click.option("--set", "named_set", default="", help="A named list of cases instead: targets, gpu, gpu-quick.")
 @DEVICE
@@ -82,9 +84,9 @@ def bench_kernels(
     """
     if return_memory:
         os.environ["THP_MEM_ALLOC_ENABLE"] = "0"  # torch reads it when it is imported, below
-    from ..observe import bench_kernels
+    from ..observe import bench_kernels, bench_request
 
-    request = bench_kernels.Request(
+    request = bench_request.Request(
         ops=ops,
         shapes=shapes,
         tokens=tokens,

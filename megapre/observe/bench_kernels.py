@@ -1,66 +1,48 @@
 """`megapre bench kernels`: which implementation of an op is fastest on this machine, and how far from its limits.
 
-The cases and the timer are those of `kernels.bench`; here a request in words becomes a list of cases, and the rows a
-table, files, and the profile by which the registry chooses.
+The cases and the timer are those of `kernels.bench`; the rows become a table, files that are complete after every case,
+and the profile by which the registry chooses.
 """
 
 from __future__ import annotations
 
 import datetime
-import difflib
 import platform
+import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..errors import UserError
+from .bench_request import BenchRequestError, Request, plans
 
 if TYPE_CHECKING:
-    from ..config import Config
-    from ..kernels.bench.case import Case
-    from ..kernels.bench.run import Plan, Row, Runner
+    from ..kernels.bench.row import Held, Row
+    from ..kernels.bench.run import Plan, Runner
 
-DEFAULT_SHAPE = "gpt2-124m"
 LEAST_BYTES = 1 << 20  # that a call must move for a profile to keep its time: below, it is the time of calling
-VOCAB = 50257  # of a recipe that leaves its vocabulary to the data: GPT-2's
-
-
-class BenchRequestError(UserError):
-    """An op, a shape, a dtype, a provider or a mode that there is not."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to measure. Empty `ops`, `shapes`, `providers` and `modes` stand for the sensible ones."""
-
-    ops: tuple[str, ...] = ()
-    shapes: tuple[str, ...] = ()
-    tokens: int = 2048
-    dtypes: tuple[str, ...] = ("bf16",)
-    providers: tuple[str, ...] = ()
-    modes: tuple[str, ...] = ()
-    named_set: str = ""
-    device: str = "auto"
-    threads: int = 0
-    repeats: int = 25
-    budget: float = 100.0
-    cold: bool = True
-    keep_memory: bool = True
 
 
 @dataclass
 class Report:
-    """What came out: `rows`, the rates that bound them, and about what machine and settings they speak."""
+    """What came out: `rows`, the rates that bound them, what met its goal, and of what machine and settings they
+    speak."""
 
     about: dict[str, str | int | float | bool]
     ceilings: dict[str, float]
     rows: list[Row]
+    held: list[Held]
+
+    @property
+    def device(self) -> str:
+        return str(self.about["device"])
 
 
 def run(request: Request, out: str | None = None, write_profile: bool = False) -> int:
-    """Measures, prints the table, writes the files. 0; 130 after Ctrl-C, with what was measured until then."""
+    """Measures, prints the table, writes the files. 0; 1 where one of our implementations failed or was wrong; 130
+    after Ctrl-C, with what was measured until then."""
     from rich.console import Console
 
     from . import bench_report
@@ -72,36 +54,43 @@ def run(request: Request, out: str | None = None, write_profile: bool = False) -
     from ..kernels.bench.run import Runner
 
     runner = Runner(device, request.providers, request.repeats, request.cold)
-    wide = any(plan.goals for plan in planned)
-    console = Console(width=None if sys.stdout.isatty() else 140 if wide else 118)
+    console = Console(width=None if sys.stdout.isatty() else bench_report.WIDTH[device])
     about = describe(request, device, runner)
     console.print(bench_report.header(about))
     interrupted = False
     cases = 0
+
+    def report() -> Report:
+        counts = {"cases": len(planned), "cases_measured": cases, "interrupted": interrupted}
+        return Report({**about, **counts}, runner.ceilings.best, runner.finish(), runner.held())
+
     try:
         for _ in _progress(runner, planned, request.budget):
             cases += 1
+            if out is not None and runner.rows:
+                bench_report.write(report(), out, picture=False)
     except KeyboardInterrupt:
         interrupted = True
     if cases == len(planned) and not runner.rows:
         wanted = ", ".join(request.providers)
         raise BenchRequestError(f"bench kernels: these ops have no {wanted} on {device}; --list shows what each has")
-    report = Report(
-        {**about, "cases": len(planned), "cases_measured": cases, "interrupted": interrupted},
-        runner.ceilings.best,
-        runner.finish(),
-    )
-    for renderable in bench_report.tables(report):
+    result = report()
+    for renderable in bench_report.tables(result):
         console.print(renderable)
     if out is not None:
-        for line in bench_report.write(report, out):
+        for line in bench_report.write(result, out):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     if interrupted:
         print("megapre: interrupted; the profile was not written" if write_profile else "megapre: interrupted")
         return 130
     if write_profile:
-        _write_profile(device, report.rows)
-    return 0
+        _write_profile(device, result.rows)
+    return int(any(broken(row) for row in result.rows))
+
+
+def broken(row: Row) -> bool:
+    """Whether an implementation of ours failed or computed something else; one may refuse a call by a ValueError."""
+    return bool(row.note) and not row.peer and not row.note.startswith(("skipped", "ValueError"))
 
 
 def show(device: str) -> int:
@@ -145,148 +134,6 @@ def _prepare(request: Request) -> str:
     return device
 
 
-def plans(request: Request, device: str) -> list[Plan]:
-    """The cases in the order they run. BenchRequestError when the request asks for what there is not."""
-    from ..kernels.bench import cases, sets
-    from ..kernels.bench.case import MODES
-    from ..kernels.bench.run import Plan
-
-    modes = [mode for mode in MODES if mode != "step"]
-    for mode in request.modes:
-        _known("mode", mode, modes)
-    if request.named_set:
-        _known("set", request.named_set, list(sets.SETS))
-        if request.shapes:
-            raise BenchRequestError("bench kernels: --set brings its own shapes; leave out --set or --shape")
-        chosen = [(e.op, e.sizes, e.dtype, e.goals) for e in sets.SETS[request.named_set] if e.op in cases.ops()]
-        chosen = [entry for entry in chosen if not request.ops or entry[0] in request.ops]
-    else:
-        chosen = [
-            (op, sizes, dtype, {})
-            for shape in request.shapes or (DEFAULT_SHAPE,)
-            for op, sizes in _of_shape(shape, request)
-            for dtype in request.dtypes
-        ]
-    for op in request.ops:
-        _known("op", op, cases.ops())
-    found = []
-    for op, sizes, dtype, goals in chosen:
-        try:
-            cases.check(op, sizes, dtype)
-        except cases.BenchError as error:
-            raise BenchRequestError(f"bench kernels: {error}") from None
-        build = _builder(op, sizes, dtype, device)
-        wanted = request.modes or (tuple(goals) if goals else ())
-        found.append(Plan(build, wanted, goals))
-    _check_providers(request, [op for op, *_ in chosen], device)
-    if not found:
-        raise BenchRequestError(
-            f"bench kernels: the set {request.named_set} has no case of {', '.join(request.ops)}; "
-            f"it has {', '.join(dict.fromkeys(e.op for e in sets.SETS[request.named_set]))}"
-        )
-    return found
-
-
-def _builder(op: str, sizes: Mapping[str, int], dtype: str, device: str) -> Callable[[], Case]:
-    from ..kernels.bench import cases
-
-    return lambda: cases.build(op, sizes, dtype, device)
-
-
-def _known(what: str, name: str, names: Iterable[str]) -> None:
-    listed = list(names)
-    if name not in listed:
-        close = difflib.get_close_matches(name, listed, n=1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
-        raise BenchRequestError(f"bench kernels: there is no {what} {name!r}{meant}; there are {', '.join(listed)}")
-
-
-def _check_providers(request: Request, ops: list[str], device: str) -> None:
-    """Every wanted provider must exist for some op, and be able to run."""
-    from ..kernels import choose
-    from ..kernels.bench.case import PEERS, implementations
-
-    choose(device)
-    rows = [row for op in dict.fromkeys(ops) for row in implementations(op)]
-    names = dict.fromkeys([*(row.name for row in rows), *PEERS])
-    for wanted in request.providers:
-        _known("provider", wanted, names)
-        reasons = [row.why_not(device) for row in rows if row.name == wanted]
-        if reasons and all(reasons) and wanted not in PEERS:
-            raise BenchRequestError(f"bench kernels: {wanted} cannot run on {device}: {reasons[0]}")
-
-
-def _of_shape(shape: str, request: Request) -> Iterator[tuple[str, dict[str, int]]]:
-    """(op, sizes) of one --shape."""
-    from ..kernels.bench import cases, sets
-
-    if "=" in shape:
-        sizes = parse(shape)
-        fitting = [op for op in cases.ops() if all(name in cases.complete(sizes) for name in cases.NEEDS[op])]
-        if not request.ops and not fitting:
-            needs = "; ".join(f"{op} {','.join(cases.NEEDS[op])}" for op in cases.ops())
-            raise BenchRequestError(f"bench kernels: no op has the sizes {', '.join(sizes)} alone; they need: {needs}")
-        for op in request.ops or fitting:
-            yield op, sizes
-        return
-    from ..config import load
-
-    cfg = load(shape)
-    sizes = of_model(cfg, request.tokens)
-    for op in request.ops or [op for op in cases.ops() if op in ops_of_model(cfg)]:
-        for variant in sets.of_sizes(op, sizes) if op in cases.ops() else [sizes]:
-            yield op, variant
-
-
-def parse(text: str) -> dict[str, int]:
-    """Sizes from words such as T=2048,H=4096. BenchRequestError on a name or number that is none."""
-    from ..kernels.bench import cases
-
-    sizes = {}
-    for word in text.split(","):
-        name, _, number = word.strip().partition("=")
-        _known("size", name, cases.LEGEND)
-        if not number.isdecimal() or (int(number) < 1 and len(name) == 1) or int(number) >= 2**40:
-            raise BenchRequestError(
-                f"bench kernels: {word.strip()}: {cases.LEGEND[name]} must be a whole number from 1"
-            )
-        sizes[name] = int(number)
-    return sizes
-
-
-def of_model(cfg: Config, tokens: int) -> dict[str, int]:
-    """The sizes of a recipe's model at about this many tokens, in rows as long as the recipe trains."""
-    from ..plan import count
-
-    model = cfg.model if cfg.model.vocab else cfg.with_vocab(VOCAB).model
-    length = min(cfg.batch.seq_length, tokens)
-    batch = max(tokens // length, 1)
-    return {
-        "T": batch * length,
-        "B": batch,
-        "S": length,
-        "H": model.hidden,
-        "N": model.heads,
-        "K": model.kv_heads,
-        "D": model.head_dim,
-        "F": model.ffn,
-        "V": model.vocab_padded,
-        "pad": model.vocab_padded - model.vocab,
-        "P": sum(count(model)),
-        "bias": int(model.bias),
-        "gated": int(model.gated),
-    }
-
-
-def ops_of_model(cfg: Config) -> set[str]:
-    """The ops that a step of the recipe spends its time in; of forms in and out of place both."""
-    model = cfg.model
-    common = {"linear", "embedding", "attention", "cross_entropy", "cross_entropy_", "linear_cross_entropy"}
-    norm = "layer_norm" if model.norm == "layernorm" else "rms_norm"
-    turned = {"rope", "rope_"} if model.positions == "rope" else set()
-    return common | turned | {norm, model.activation, "adamw_", "grad_norm"}
-
-
 def describe(request: Request, device: str, runner: Runner) -> dict[str, str | int | float | bool]:
     """The machine and the settings, as they go to the head of the table and into the files."""
     import torch
@@ -299,6 +146,7 @@ def describe(request: Request, device: str, runner: Runner) -> dict[str, str | i
         "torch": torch.__version__,
         "megapre": __version__,
         "python": platform.python_version(),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["megapre", *sys.argv[1:]]),
         "counts": runner.timer.by,
@@ -313,10 +161,28 @@ def describe(request: Request, device: str, runner: Runner) -> dict[str, str | i
     return about
 
 
+def commit() -> str:
+    """The commit that is measured, with a plus where the files differ from it; "none" outside a checkout."""
+    root = Path(__file__).parents[2]
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    try:
+        head = git("rev-parse", "--short", "HEAD") if (root / ".git").exists() else ""
+        return head + ("+" if git("status", "--porcelain") else "") if head else "none"
+    except OSError:
+        return "none"
+
+
 def _progress(runner: Runner, planned: list[Plan], budget: float) -> Iterator[list[Row]]:
-    """The run, with a line on a terminal that says how far it is."""
+    """The run, with a bar on a terminal that says how far it is, and on a GPU else a line for each case."""
     if not sys.stderr.isatty():
-        yield from runner.run(planned, budget)
+        for number, rows in enumerate(runner.run(planned, budget), 1):
+            if rows and runner.device != "cpu":
+                print(f"{number} of {len(planned)}: {rows[0].op} {rows[0].shape}", file=sys.stderr, flush=True)
+            yield rows
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

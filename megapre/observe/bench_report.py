@@ -1,4 +1,4 @@
-"""The rows of `megapre bench kernels` as a table, as CSV, JSON and Markdown, and as a picture."""
+"""The rows of `megapre bench kernels` as tables, as CSV, JSON and Markdown, and as a picture (bench_picture.py)."""
 
 from __future__ import annotations
 
@@ -6,25 +6,64 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..kernels.bench.run import Row
+    from ..kernels.bench.row import Held, Row
     from .bench_kernels import Report
 
-INK, FAINT, LINE, OURS, PEER = "#24292f", "#8c959f", "#d0d7de", "#0969da", "#c9d1d9"
+
+class Column(NamedTuple):
+    """A column of a table: its head, its width on a terminal, and the text of a row in it."""
+
+    head: str
+    width: int
+    text: Callable[[Row], str]
+
+
+def number(ms: float) -> str:
+    """Milliseconds with three or four digits."""
+    return f"{ms:.4f}" if ms < 0.1 else f"{ms:.3f}" if ms < 10 else f"{ms:.1f}"
+
+
+def _rate(row: Row) -> str:
+    if row.bound == "copy":
+        return f"{row.gb_s:.1f} GB/s" if row.gb_s < 1000 else f"{row.gb_s:.0f} GB/s"
+    return f"{row.tflop_s * 1e3:.0f} GFLOP/s" if row.tflop_s < 10 else f"{row.tflop_s:.0f} TFLOP/s"
+
+
+LEAST = Column("min ms", 9, lambda row: number(row.min_ms))
+SPREAD = Column("p20-p80", 17, lambda row: f"{number(row.p20_ms)}-{number(row.p80_ms)}")
+RATES = (
+    Column("rate", 14, _rate),
+    Column("of ceiling", 10, lambda row: f"{100 * row.of_ceiling:.0f}%"),
+    Column("vs best peer", 20, lambda row: "" if row.ratio is None else f"{row.ratio:.2f}x {row.best_peer}"),
+)
+COLUMNS = {
+    "cpu": (LEAST, Column("median", 9, lambda row: number(row.p50_ms)), SPREAD, *RATES),
+    "cuda": (
+        Column("median ms", 9, lambda row: number(row.p50_ms)),
+        SPREAD,
+        Column("graph", 9, lambda row: number(row.graph_ms) if row.graph_ms else "none"),
+        Column("wall", 9, lambda row: number(row.wall_ms)),
+        *RATES,
+        Column("error", 7, lambda row: f"{row.error:.0e}"),
+        Column("peak MiB", 8, lambda row: f"{row.peak_mib:.0f}"),
+    ),
+}
+WIDTH = {"cpu": 118, "cuda": 160}
 
 
 def header(about: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
-    keys = ("threads", "level", "torch", "megapre")
+    keys = ("threads", "level", "torch", "megapre", "commit")
     software = [f"{key} {about[key]}" for key in keys if key in about]
     return Text.assemble(
         (f"{about['hardware']}", "bold"),
@@ -36,160 +75,133 @@ def header(about: dict[str, Any]) -> RenderableType:
 
 
 def tables(report: Report) -> Iterator[RenderableType]:
-    """One table for each case, then the ceilings and what was left out."""
+    """One table for each case, then the goals, the ceilings and what was left out."""
     from rich.table import Table
     from rich.text import Text
 
-    goals = any(row.goal for row in report.rows)
+    columns = COLUMNS[report.device]
     for (op, shape, dtype), rows in groupby(report.rows, key=lambda row: (row.op, row.shape, row.dtype)):
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("mode", width=9)
         table.add_column("provider", width=16)
-        names = ("min ms", "median", "p20-p80", "rate", "of ceiling", "vs best peer", *(["goal"] if goals else []))
-        for name, width in zip(names, (9, 9, 17, 14, 10, 20, 20), strict=False):
-            table.add_column(name, justify="left" if name == "goal" else "right", width=width, no_wrap=True)
-        last, untimed = "", {}
+        for column in columns:
+            table.add_column(column.head, justify="right", width=column.width, no_wrap=True)
+        last, untold = "", {}
         for row in rows:
             if row.repeats:
-                table.add_row(*cells(row, last, goals), style="bold" if row.in_use else "")
+                table.add_row(*cells(row, columns, last), style="bold" if row.in_use else "")
                 last = row.mode
+                if row.graph_note:
+                    untold[row.provider] = f"has no graph: {row.graph_note}"
             else:
-                untimed[row.provider] = row.note
+                untold[row.provider] = f"was not timed: {row.note}"
         yield Text.assemble((op, "bold blue"), f"  {shape}  {dtype}")
         yield table
-        yield from (Text(f"{provider} was not timed: {note}") for provider, note in untimed.items())
+        yield from (Text(f"{provider} {told}") for provider, told in untold.items())
         yield ""
-    rates = [
-        f"copy {rate:.1f} GB/s" if name == "copy" else f"{name} {rate * 1e3:.0f} GFLOP/s"
-        for name, rate in sorted(report.ceilings.items())
-    ]
-    yield Text(f"ceilings of this run: {', '.join(rates) or 'none measured'}; * and bold: in use")
+    yield from goals(report.held)
+    yield Text(f"ceilings of this run: {ceilings(report) or 'none measured'}; * and bold: in use")
     missing = report.about["cases"] - report.about["cases_measured"]  # type: ignore[operator]
     if missing:
         yield Text(f"{missing} of {report.about['cases']} cases were not finished; raise --budget, or name fewer ops")
 
 
-def cells(row: Row, last_mode: str = "", goals: bool = False) -> list[str]:
+def goals(held: list[Held]) -> Iterator[RenderableType]:
+    """What the op in use, and others of ours, were held to."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if not held:
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for head, width in (("op", 29), ("shape", 38), ("mode", 8), ("provider", 17), ("goal", 17), ("reached", 17)):
+        table.add_column(head, max_width=width, no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for of in held:
+        table.add_row(*_of_goal(of), style="" if of.met is not False else "red")
+    yield Text.assemble(("goals", "bold blue"), f"  {sum(of.met is True for of in held)} of {len(held)} met")
+    yield table
+    yield ""
+
+
+def _of_goal(held: Held) -> list[str]:
+    name = f"{held.provider} *" if held.in_use else held.provider
+    return [held.op, held.shape, held.mode, name, held.goal, held.reached, held.verdict]
+
+
+def ceilings(report: Report) -> str:
+    return ", ".join(
+        f"copy {rate:.1f} GB/s" if name == "copy" else f"{name} {rate * 1e3:.0f} GFLOP/s"
+        for name, rate in sorted(report.ceilings.items())
+    )
+
+
+def cells(row: Row, columns: Iterable[Column], last_mode: str = "") -> list[str]:
     """A row as text. The mode is left out where the line above has it too."""
     mode = "" if row.mode == last_mode else row.mode
     name = f"{row.provider} *" if row.in_use else row.provider
-    if not row.repeats:
-        return [mode, name, "", "", "", "", "", row.note, *([""] if goals else [])]
-    ratio = "" if row.ratio is None else f"{row.ratio:.2f}x {row.best_peer}"
-    found = [
-        mode,
-        name,
-        number(row.min_ms),
-        number(row.p50_ms),
-        f"{number(row.p20_ms)}-{number(row.p80_ms)}",
-        f"{row.gb_s:.1f} GB/s" if row.bound == "copy" else f"{row.tflop_s * 1e3:.0f} GFLOP/s",
-        f"{100 * row.of_ceiling:.0f}%",
-        ratio,
-    ]
-    met = "" if row.met is None else f"{row.goal} {'met' if row.met else 'missed'}"
-    return [*found, met] if goals else found
+    return [mode, name, *(column.text(row) if row.repeats else "" for column in columns)]
 
 
-def number(ms: float) -> str:
-    """Milliseconds with three or four digits."""
-    return f"{ms:.4f}" if ms < 0.1 else f"{ms:.3f}" if ms < 10 else f"{ms:.1f}"
-
-
-def write(report: Report, out: str) -> list[str]:
-    """Writes the files into the folder `out`, which is made; a line for each."""
+def write(report: Report, out: str, picture: bool = True) -> list[str]:
+    """Writes the files into the folder `out`, which is made, by one rename each; a line for each."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     word = re.sub(r"[^a-z0-9]+", "-", str(report.about["hardware"]).lower()).strip("-")
-    if report.about["device"] == "cpu":
+    if report.device == "cpu":
         word += f"-{report.about['threads']}threads-{re.sub('[^a-z0-9]+', '-', str(report.about['level']))}"
-    stem = folder / f"kernels_{report.about['device']}_{word}_{report.about['date']}"
-    files = {".csv": as_csv(report.rows), ".json": as_json(report), ".md": as_markdown(report)}
+    stem = folder / f"kernels_{report.device}_{word}_{report.about['date']}"
+    files = {".csv": as_csv(report), ".json": as_json(report), ".md": as_markdown(report)}
     for suffix, text in files.items():
-        Path(f"{stem}{suffix}").write_text(text, encoding="utf-8")
+        temporary = stem.with_name(f".{stem.name}{suffix}")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(f"{stem}{suffix}")
     lines = [f"written: {stem}{suffix}" for suffix in files]
-    if not any(row.repeats for row in report.rows):
+    if not picture or not any(row.repeats for row in report.rows):
         return lines
     try:
+        from .bench_picture import draw
+
         draw(report, Path(f"{stem}.png"))
     except ImportError:
         return [*lines, "no picture: matplotlib is not installed (pip install 'megapre[observe]')"]
     return [*lines, f"written: {stem}.png"]
 
 
-def as_csv(rows: list[Row]) -> str:
-    from ..kernels.bench.run import Row
+def as_csv(report: Report) -> str:
+    """A line a row, each with the machine and the commit it speaks of."""
+    from ..kernels.bench.row import Row
 
     text = io.StringIO()
-    names = [field.name for field in fields(Row)]
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    told = {key: report.about[key] for key in ("hardware", "commit", "date")}
+    writer = csv.DictWriter(text, [*told, *(field.name for field in fields(Row))], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    writer.writerows({**told, **asdict(row)} for row in report.rows)
     return text.getvalue()
 
 
 def as_json(report: Report) -> str:
-    content = {"about": report.about, "ceilings": report.ceilings, "rows": [asdict(row) for row in report.rows]}
+    content = {
+        "about": report.about,
+        "ceilings": report.ceilings,
+        "goals": [{**asdict(of), "verdict": of.verdict} for of in report.held],
+        "rows": [asdict(row) for row in report.rows],
+    }
     return json.dumps(content, indent=1) + "\n"
 
 
 def as_markdown(report: Report) -> str:
-    goals = any(row.goal for row in report.rows)
-    names = ["mode", "provider", "min ms", "median ms", "p20-p80 ms", "rate", "of ceiling", "vs best peer"]
-    names = ["op", "shape", "dtype", *names, *(["goal"] if goals else [])]
     lines = [f"# Kernels on {report.about['hardware']}", ""]
     lines += [f"- {key}: {value}" for key, value in report.about.items()]
     lines += [f"- ceiling {name}: {rate:.4g} {'GB/s' if name == 'copy' else 'TFLOP/s'}" for name, rate in
               sorted(report.ceilings.items())]  # fmt: skip
-    lines += ["", f"| {' | '.join(names)} |", f"|{'---|' * 5}{'---:|' * 6}{'---|' * goals}"]
+    if report.held:
+        lines += ["", "| op | shape | mode | provider | goal | reached | |", f"|{'---|' * 7}"]
+        lines += [f"| {' | '.join(_of_goal(of))} |" for of in report.held]
+    columns = COLUMNS[report.device]
+    names = ["op", "shape", "dtype", "mode", "provider", *(column.head for column in columns), "note"]
+    lines += ["", f"| {' | '.join(names)} |", f"|{'---|' * 5}{'---:|' * len(columns)}---|"]
     for row in report.rows:
-        values = cells(row, goals=goals)
-        lines.append(f"| {row.op} | {row.shape} | {row.dtype} | {' | '.join(values)} |")
+        values = [row.op, row.shape, row.dtype, *cells(row, columns), row.note or row.graph_note]
+        lines.append(f"| {' | '.join(value.replace('|', '/') for value in values)} |")
     return "\n".join(lines) + "\n"
-
-
-def draw(report: Report, path: Path) -> None:
-    """Bars of per cent of the ceiling, a group for each case and mode. Raises ImportError without matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    timed = [row for row in report.rows if row.repeats]
-    groups = [list(rows) for _, rows in groupby(timed, key=lambda row: (row.op, row.shape, row.dtype, row.mode))]
-    height = 1.6 + 0.2 * len(timed) + 0.34 * len(groups)
-    figure = Figure(figsize=(10, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    at, most = 0.0, max(1.0, *(row.of_ceiling for row in timed))
-    ticks: list[float] = []
-    labels: list[str] = []
-    for rows in groups:
-        first = rows[0]
-        title = f"{first.op}  {first.mode}  {first.shape}  {first.dtype}  ({first.bound})"
-        axes.text(0, at + 0.1, title, fontsize=7.5, color=INK, fontweight="bold", va="center")
-        for row in rows:
-            at += 1
-            axes.barh(at, 100 * row.of_ceiling, height=0.78, color=PEER if row.peer else OURS)
-            text = f"{100 * row.of_ceiling:.0f}%  {number(row.best_ms)} ms"
-            axes.text(100 * row.of_ceiling + 0.6, at, text, fontsize=6.5, color=INK, va="center")
-            ticks.append(at)
-            labels.append(row.provider + (" *" if row.in_use else ""))
-        at += 1.7
-    axes.axvline(100, color=INK, linewidth=1)
-    axes.set_yticks(ticks, labels, fontsize=7)
-    axes.set_ylim(at - 0.9, -0.9)
-    axes.set_xlim(0, 100 * most * 1.14)
-    rates = ", ".join(
-        f"copy {rate:.1f} GB/s" if name == "copy" else f"{name} {rate * 1e3:,.0f} GFLOP/s"
-        for name, rate in sorted(report.ceilings.items())
-    )
-    axes.set_xlabel(f"% of the ceiling measured in the same run: {rates}", color=INK, fontsize=8)
-    threads = f", {report.about['threads']} threads" if "threads" in report.about else ""
-    title = f"Kernels on {report.about['hardware']}{threads}: megapre blue, peers grey, * in use"
-    axes.set_title(title, loc="left", fontsize=10, color=INK, pad=10)
-    axes.tick_params(colors=INK, length=0)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.grid(axis="x", color=LINE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
-    figure.savefig(path)

@@ -1,85 +1,141 @@
-"""The timer's CUDA side on a device made up of a clock: what runs there runs after what was enqueued before it."""
+"""The timer's CUDA side on a device made up of a clock and a log (fake_cuda.py)."""
 
 import time
 
+import fake_cuda
 import pytest
-import torch
 
-from megapre.kernels.bench import timer
+from megapre.kernels.bench import cases, cuda_timer
+from megapre.kernels.bench.case import Case
+from megapre.kernels.bench.run import Runner
 
-
-class Stream:
-    """A stream whose clock counts seconds; `_sleep` and works move it on."""
-
-    def __init__(self) -> None:
-        self.at, self.slept = 0.0, []
-
-    def sleep(self, cycles: int) -> None:
-        self.slept.append(cycles / timer.CYCLES_PER_S)
-        self.at = max(self.at, time.perf_counter()) + self.slept[-1]
-
-    def run(self, seconds: float) -> None:
-        self.at = max(self.at, time.perf_counter()) + seconds
+CALL = ["synchronize", "flush", "sleep", "record", "work", "record", "event.synchronize"]
 
 
 @pytest.fixture
-def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
-    made = Stream()
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            self.at = made.at = max(made.at, time.perf_counter())
-
-        def synchronize(self) -> None:
-            time.sleep(max(made.at - time.perf_counter(), 0.0))
-
-        def elapsed_time(self, other: "Event") -> float:
-            return (other.at - self.at) * 1e3
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", made.sleep)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(max(made.at - time.perf_counter(), 0.0)))
-    return made
+def gpu(monkeypatch: pytest.MonkeyPatch) -> fake_cuda.Device:
+    return fake_cuda.install(monkeypatch)
 
 
-def of_cuda() -> timer.Timer:
-    made = timer.Timer("cpu", cold=False)
-    made.device = "cuda"
-    return made
+def test_a_call_is_timed_alone_after_the_cache_was_overwritten(gpu: fake_cuda.Device) -> None:
+    clock = fake_cuda.timer(gpu)
+    took = clock.milliseconds(lambda: gpu.run(0.002), lambda: gpu.run(0.003, "prepare"))
+    assert gpu.log == ["prepare", *CALL] and took == pytest.approx(2, abs=0.01)
 
 
-def test_what_the_host_takes_is_not_in_a_time_but_in_the_wall(stream: Stream) -> None:
-    """A call that needs 8 ms of the host and 2 of the device: 2 ms, once the host is known; 8 or more by the wall."""
-    clock = of_cuda()
+def test_what_the_host_takes_is_not_in_a_time_but_in_the_wall(gpu: fake_cuda.Device) -> None:
+    """A call that needs 8 ms of the host and 2 of the device: the device comes first once, and the call is repeated."""
+    clock = fake_cuda.timer(gpu)
 
     def work() -> None:
         time.sleep(0.008)
-        stream.run(0.002)
+        gpu.run(0.002)
 
-    first, *rest = clock.turns({"work": (work, None)}, 4)["work"]
-    assert first > 4, "nothing was known yet: the host is in it"
-    assert all(found == pytest.approx(2, abs=0.01) for found in rest)
-    assert clock.wall(work, 3) >= 8
+    times = clock.turns({"work": (work, None)}, 7)["work"]
+    assert all(found == pytest.approx(2, abs=0.01) for found in times)
+    assert gpu.slept[0] == cuda_timer.LEAST_AHEAD_S and gpu.slept[1] >= 0.016
+    assert clock.wall(work) >= 8
 
 
-def test_a_call_that_compiles_or_waits_does_not_put_the_next_off(stream: Stream) -> None:
-    clock = of_cuda()
-    takes = iter([0.3, 0.0, 0.0])
+def test_a_call_that_compiles_or_waits_does_not_put_the_next_off(gpu: fake_cuda.Device) -> None:
+    clock = fake_cuda.timer(gpu)
+    takes = iter([0.3, *[0.0] * 20])
 
     def work() -> None:
         time.sleep(next(takes))
-        torch.cuda.synchronize()  # as an operation that asks the device
-        stream.run(0.001)
+        gpu.wait()
+        gpu.run(0.001)
 
     clock.turns({"work": (work, None)}, 3)
-    assert stream.slept[0] < 0.002 and stream.slept[1] == timer.MOST_AHEAD_S
-    assert max(stream.slept) <= timer.MOST_AHEAD_S
+    assert gpu.slept[0] < 0.002 and max(gpu.slept) <= cuda_timer.MOST_AHEAD_S
+    assert len(gpu.slept) <= 3 * cuda_timer.ATTEMPTS
 
 
-def test_a_timer_keeps_no_work_alive(stream: Stream) -> None:
-    clock = of_cuda()
-    clock.milliseconds(lambda: stream.run(0.001))
+def test_a_timer_keeps_no_work_alive(gpu: fake_cuda.Device) -> None:
+    clock = fake_cuda.timer(gpu)
+    clock.milliseconds(lambda: gpu.run(0.001))
     assert not len(clock._enqueued)
+
+
+def test_a_graph_is_captured_on_the_side_stream_and_replayed_like_a_call(gpu: fake_cuda.Device) -> None:
+    clock = fake_cuda.timer(gpu)
+
+    def work() -> None:
+        time.sleep(0.003)
+        gpu.run(0.001)
+
+    with clock.scope():
+        found = clock.beside(work, lambda: gpu.run(0.0, "prepare"), 7)
+    assert found.graph_ms == pytest.approx(1, abs=0.01) and found.graph_note == "" and found.peak_mib == 3
+    assert found.wall_ms >= 3
+    begun = gpu.log.index("capture_begin")
+    assert gpu.log[begun : begun + 3] == ["capture_begin", "work", "capture_end"], "the call alone is captured"
+    assert gpu.log[begun - 1] == "synchronize" and gpu.log[begun - 2] == "prepare"
+    replays = " ".join(gpu.log[begun + 3 :]).split("prepare ")[1:]
+    replays[-1] = replays[-1].removesuffix(" synchronize reset")
+    assert len(replays) >= 7
+    assert {part.strip() for part in replays} == {" ".join(CALL).replace("work", "replay")}
+    with pytest.raises(AssertionError, match="default stream"):
+        cuda_timer.capture(fake_cuda.Graph(gpu), (0, 7), work)
+
+
+def test_a_call_that_waits_for_the_device_is_not_captured(gpu: fake_cuda.Device) -> None:
+    clock = fake_cuda.timer(gpu)
+    with clock.scope():
+        found = clock.beside(gpu.wait, None, 7)
+    assert found.graph_ms == 0 and found.graph_note == "waits for the device: RuntimeError"
+    assert "capture_begin" not in gpu.log and gpu.debug == 0 and found.wall_ms > 0
+
+
+@pytest.mark.parametrize("mendable", [True, False])
+def test_a_capture_that_fails_is_told_and_undone(gpu: fake_cuda.Device, mendable: bool) -> None:
+    """Where it cannot be, nothing else is captured: torch's allocator would fail at every turn."""
+    clock = fake_cuda.timer(gpu)
+    gpu.mendable = mendable
+
+    def work() -> None:
+        gpu.run(0.001)
+        if gpu.capturing is not None:
+            gpu.wait()
+
+    with clock.scope():
+        first, second = clock.beside(work, None, 7), clock.beside(lambda: gpu.run(0.001), None, 7)
+    assert first.graph_note == "not captured: RuntimeError: operation not permitted when stream is capturing"
+    assert gpu.log.count("capture_end") == gpu.log.count("capture_begin") == 1 + mendable
+    assert bool(second.graph_ms) is mendable and ("could not be undone" in second.graph_note) is not mendable
+    clock.clear()
+
+
+class Counted(Runner):
+    """Counts the providers whose calls are there at one time."""
+
+    most = 0
+
+    def _measure(self, case: Case, rows: dict, works: dict, deadline: float) -> None:
+        self.most = max(self.most, len(works))
+        super()._measure(case, rows, works, deadline)
+
+
+def test_providers_come_one_after_the_other_with_all_their_numbers(gpu: fake_cuda.Device) -> None:
+    runner = Counted("cpu", repeats=7, cold=False)
+    runner.timer = fake_cuda.timer(gpu)
+    rows = runner.case(cases.build("gelu", {"T": 8, "F": 16}, "bf16", "cpu"))
+    runner.finish()
+    assert runner.most == 1 and len({row.provider for row in rows}) > 1
+    assert {row.mode for row in rows} == {"forward", "backward", "full"}
+    for row in rows:
+        assert row.repeats == 7 and row.note == row.graph_note == ""
+        assert row.best_ms == row.p50_ms > 0 and row.wall_ms > 0 and row.peak_mib == 3 and 0 < row.error < 0.02
+        assert row.of_ceiling > 0
+    assert gpu.log.count("capture_begin") == len(rows) == gpu.log.count("reset")
+
+
+def test_what_the_budget_leaves_out_is_a_row_that_says_so(gpu: fake_cuda.Device) -> None:
+    runner = Runner("cpu", repeats=7, cold=False)
+    runner.timer = fake_cuda.timer(gpu)
+    runner._end = time.monotonic()
+    rows = runner.case(cases.build("gelu", {"T": 8, "F": 16}, "bf16", "cpu"), ["full"])
+    assert rows and all(row.note == "skipped: the budget is spent" and not row.repeats for row in rows)
+    runner._end, runner._most_compiling, runner._compiling = float("inf"), 1.0, 2.0
+    assert runner._skipped("compile").startswith("skipped: 2 s were spent on compiled providers")
+    assert runner._skipped("triton") == "" == runner._skipped("torch")

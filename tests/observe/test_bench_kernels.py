@@ -17,8 +17,9 @@ from megapre.config import load
 from megapre.errors import UserError
 from megapre.kernels import profile
 from megapre.kernels.bench import cases, sets
-from megapre.observe import bench_kernels, bench_report
-from megapre.observe.bench_kernels import Request
+from megapre.kernels.bench.row import Goal
+from megapre.observe import bench_kernels, bench_report, bench_request
+from megapre.observe.bench_request import Request
 
 TINY = Request(ops=("rms_norm", "swiglu"), shapes=("T=16,H=32,F=32",), repeats=3, budget=60.0, device="cpu")
 
@@ -49,6 +50,7 @@ def test_files_hold_the_same_numbers_and_they_add_up(
     assert len(table) == len(content["rows"]) >= 6
     assert files[".md"].read_text().count("\n| ") == len(table) + 1
     for row, line in zip(content["rows"], table, strict=True):
+        assert all(line.pop(name) == str(content["about"][name]) for name in ("hardware", "commit", "date"))
         assert {name: str(value) for name, value in row.items() if value is not None and value != ""} == {
             name: value for name, value in line.items() if value != ""
         }
@@ -62,17 +64,17 @@ def test_files_hold_the_same_numbers_and_they_add_up(
 
 
 def test_a_recipe_gives_the_ops_and_sizes_of_its_model() -> None:
-    plans = bench_kernels.plans(Request(device="cpu"), "cpu")
+    plans = bench_request.plans(Request(device="cpu"), "cpu")
     built = [plan.build() for plan in plans[:1]]
     assert built[0].sizes["T"] == 2048
-    llama, gpt2 = (bench_kernels.ops_of_model(load(name)) for name in ("llama3-8b", "gpt2-124m"))
+    llama, gpt2 = (bench_request.ops_of_model(load(name)) for name in ("llama3-8b", "gpt2-124m"))
     assert {"rms_norm", "rope", "swiglu"} <= llama and not {"layer_norm", "gelu"} & llama
     assert {"layer_norm", "gelu"} <= gpt2 and not {"rms_norm", "rope", "swiglu"} & gpt2
-    sizes = bench_kernels.of_model(load("llama3-8b"), 4096)
+    sizes = bench_request.of_model(load("llama3-8b"), 4096)
     expected = {"T": 4096, "B": 1, "S": 4096, "H": 4096, "N": 32, "K": 8, "D": 128, "F": 14336, "V": 128256, "pad": 0}
     assert sizes.items() >= expected.items() and sizes["P"] == 8_030_261_248
-    assert bench_kernels.of_model(load("gpt2-124m"), 2048).items() >= {"B": 2, "S": 1024, "V": 50304, "pad": 47}.items()
-    assert bench_kernels.of_model(load("debug"), 1)["T"] == 1
+    assert bench_request.of_model(load("gpt2-124m"), 2048).items() >= {"B": 2, "S": 1024, "V": 50304, "pad": 47}.items()
+    assert bench_request.of_model(load("debug"), 1)["T"] == 1
     linear = [(z["I"], z["O"]) for z in sets.of_sizes("linear", sizes)]
     assert linear == [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]
     variants = [{k: z[k] for k in ("documents", "window") if k in z} for z in sets.of_sizes("attention", sizes)]
@@ -82,20 +84,20 @@ def test_a_recipe_gives_the_ops_and_sizes_of_its_model() -> None:
 
 
 def test_explicit_sizes_are_taken_as_they_are() -> None:
-    assert bench_kernels.parse("T=2048, H=4096") == {"T": 2048, "H": 4096}
-    for plan in bench_kernels.plans(replace(TINY, ops=()), "cpu"):
+    assert bench_request.parse("T=2048, H=4096") == {"T": 2048, "H": 4096}
+    for plan in bench_request.plans(replace(TINY, ops=()), "cpu"):
         assert cases.NEEDS[plan.build().op] in (("T", "H"), ("T", "F"))
     request = Request(ops=("attention",), shapes=("B=2,S=8,N=4,K=2,D=8,documents=2",), device="cpu")
-    (plan,) = bench_kernels.plans(request, "cpu")
+    (plan,) = bench_request.plans(request, "cpu")
     assert plan.build().shape == "B=2,S=8,N=4,K=2,D=8,documents=2"
 
 
 def test_the_set_of_targets_has_each_with_its_goal() -> None:
-    plans = bench_kernels.plans(Request(named_set="targets", device="cpu"), "cpu")
+    plans = bench_request.plans(Request(named_set="targets", device="cpu"), "cpu")
     assert len(plans) == len(sets.TARGETS)
     assert all(plan.goals and set(plan.modes) == set(plan.goals) for plan in plans)
-    some = bench_kernels.plans(Request(ops=("swiglu",), named_set="targets", device="cpu"), "cpu")
-    assert [plan.goals for plan in some] == [{"forward": ("torch", 6.0), "backward": ("torch", 6.0)}]
+    some = bench_request.plans(Request(ops=("swiglu",), named_set="targets", device="cpu"), "cpu")
+    assert [plan.goals for plan in some] == [{mode: (Goal(6.0, "torch"),) for mode in ("forward", "backward")}]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_the_set_of_targets_has_each_with_its_goal() -> None:
 )
 def test_mistakes_are_named_before_anything_is_measured(change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        bench_kernels.plans(replace(TINY, **change), "cpu")  # type: ignore[arg-type]
+        bench_request.plans(replace(TINY, **change), "cpu")  # type: ignore[arg-type]
 
 
 def test_a_profile_is_written_and_used(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
