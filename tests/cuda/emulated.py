@@ -7,16 +7,21 @@ cannot be read or written.
 
 import ctypes
 import fcntl
+import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
+
+from megapre.kernels import library, native
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "megapre_emulated"
@@ -108,6 +113,22 @@ class Emulator:
     def guarded(self, t: Tensor) -> Tensor:
         """A contiguous copy with no memory behind its end; what is read or written there ends the launch."""
         return self.ops.guard(t.contiguous())
+
+    def as_it_comes(self) -> None:
+        """An sm_90 with three multiprocessors, warps in their order."""
+        self.device()
+        self.schedule(0)
+
+
+@functools.cache
+def loaded() -> Emulator:
+    """The one of this process. Skips where it cannot be: it needs g++ on x86-64 and the native library's schemas."""
+    if shutil.which("g++") is None or platform.machine() != "x86_64":
+        pytest.skip("the emulator of CUDA needs g++ and an x86-64 processor")
+    if not native.load():
+        pytest.skip(native.status()[1])
+    library.register()
+    return Emulator(build())
 
 
 def mutated(folder: Path, unit: str, source: str, before: str, after: str) -> Emulator:

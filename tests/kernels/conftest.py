@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rule import poisoned
 
 from megapre import kernels
 from megapre.kernels.third_party import found
@@ -45,10 +46,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty returns NaN instead of what happened to be there: a kernel that leaves an output unwritten fails."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poisoned():
+        yield
 
 
 @pytest.fixture

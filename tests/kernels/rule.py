@@ -6,7 +6,8 @@ in fp32 and the result is rounded once; four in fp32, where every operation roun
 that cancels keeps an error of a few fp32 ulps of one: TINY.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ from torch import Tensor
 TINY = 4 * torch.finfo(torch.float32).eps
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """torch.empty returns NaN instead of what happened to be there: a kernel that leaves an output unwritten fails."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def run(function: Function, inputs: Sequence[Tensor], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,6 +1,7 @@
 """Rotary embedding: against rotate-half in the same dtype by the 2x rule, and against what a rotation must do."""
 
 import pytest
+import rotated
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,16 +15,8 @@ OP = "rope"
 
 
 def tables(positions: int, head_dim: int, device: str) -> tuple[Tensor, Tensor]:
-    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
-
-
-def rotate_half(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    """As Hugging Face's Llama: tables in the dtype of x, doubled along the head dim."""
-    cos2, sin2 = (torch.cat((t, t), -1).to(x.dtype)[positions].unsqueeze(2) for t in (cos, sin))
-    half = x.shape[-1] // 2
-    return x * cos2 + torch.cat((-x[..., half:], x[..., :half]), -1) * sin2
+    cos, sin = rotated.tables(head_dim // 2, positions)
+    return cos.to(device), sin.to(device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -58,14 +51,8 @@ def test_rope_obeys_the_rule(
         positions = torch.randint(0, 50, (batch, seq_length), generator=generator).to(device)
 
     def own(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        # Interleaved pairs (2i, 2i + 1) are the pairs (i, i + D/2) of the de-interleaved vector.
-        def one(x: Tensor) -> Tensor:
-            if not interleaved:
-                return rotate_half(x, cos, sin, positions)
-            y = rotate_half(torch.cat((x[..., 0::2], x[..., 1::2]), -1), cos, sin, positions)
-            return torch.stack(y.chunk(2, -1), -1).flatten(-2)
-
-        return one(q), one(k)
+        at = (cos, sin, positions, interleaved)
+        return rotated.own(q, *at), rotated.own(k, *at)
 
     twice(lambda q, k: op(q, k, cos, sin, positions if explicit else None, interleaved), own, [q, k])
 
@@ -166,7 +153,7 @@ def test_in_place_is_the_same_rotation(
         tokens = batch * seq_length
         given["cu_seqlens"] = torch.tensor([0, tokens // 3, tokens], dtype=torch.int32, device=device)
 
-    def rotated(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def turned(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = torch.nn.functional.linear(x, weight).unflatten(-1, (-1, 2 * pairs))
         result: tuple[Tensor, Tensor, Tensor] = op(qkv, heads, kv_heads, cos, sin, **given, interleaved=interleaved)
         return result
@@ -176,9 +163,9 @@ def test_in_place_is_the_same_rotation(
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
         return *rope.reference(q, k, cos, sin, interleaved=interleaved, **given), v
 
-    twice(rotated, apart, [x, weight])
+    twice(turned, apart, [x, weight])
     with torch.no_grad():  # the way of generation
-        q, k, v = rotated(x, weight)
+        q, k, v = turned(x, weight)
         for got, expected in zip((q, k, v), apart(x, weight), strict=True):
             torch.testing.assert_close(got, expected)
 

@@ -32,7 +32,8 @@ def test_forced_level(ops: Any, level: str) -> None:
     if level == native.cpu_level():
         return  # the rest of this run tests it
     ways_of_loading = {f"test_native_{what}.py" for what in ("levels", "loading")}
-    files = [str(file) for file in sorted(THIS_FOLDER.glob("test_native_*.py")) if file.name not in ways_of_loading]
+    found = [*THIS_FOLDER.glob("test_native_*.py"), *THIS_FOLDER.with_name("forms").glob("test_*_forms.py")]
+    files = [str(file) for file in sorted(found) if file.name not in ways_of_loading]
     options = ("-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist")
     done = python("-m", "pytest", *options, *files, level=level)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -74,12 +74,12 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Any:
-    """torch.empty returns NaN: a kernel that leaves an output unwritten fails."""
+    from rule import poisoned
+
     from megapre.kernels import library
     from megapre.kernels.triton import ops
 
     library.register()
     ops.register()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poisoned():
+        yield
