@@ -46,13 +46,6 @@ def test_a_position_outside_the_tables_is_not_read(emulator: emulated.Emulator) 
         assert turned[:, 3].isnan().all() == (bounds != [5, 1, 0])
 
 
-def test_a_write_in_place_raises_the_version(emulator: emulated.Emulator) -> None:
-    qkv = torch.randn(1, 3, 3, 8)
-    before = qkv._version
-    emulator.ops.rope_(qkv, 2, *tables(4), None, None, False)
-    assert qkv._version > before
-
-
 def test_what_cannot_be_rotated_is_said(emulator: emulated.Emulator) -> None:
     ops, q, (cos, sin) = emulator.ops, torch.randn(1, 4, 2, 8), tables(4, 4)
     with pytest.raises(ValueError, match=r"q is Float \[4, 2, 8\]; \[batch, sequence, heads, head_dim\] is needed"):

@@ -103,8 +103,9 @@ def test_in_place_touches_only_its_heads(form: Form, dtype: torch.dtype) -> None
     where = (*tables(7), None, None, False)
     home = torch.full((2, 5, 6, 20), 7.0, dtype=dtype)
     qkv = home[:, :, :4, 3:17].copy_(drawn(0, 2, 5, 4, 14, dtype=dtype))
-    before = qkv.clone()
+    before, version = qkv.clone(), home._version
     form.ops.rope_(qkv, 3, *where)
+    assert home._version > version
     assert torch.equal(qkv[:, :, :3], form.ops.rope(before[:, :, :3], before[:, :, 3:], *where, False)[0])
     assert torch.equal(qkv[:, :, 3:], before[:, :, 3:])
     assert home[:, :, 4:].eq(7).all() and home[..., :3].eq(7).all() and home[..., 17:].eq(7).all()
