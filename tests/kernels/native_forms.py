@@ -20,11 +20,15 @@ from megapre.kernels import library, native
 
 @dataclass(frozen=True)
 class Form:
-    """`ops` takes CPU tensors in either form; `guarded` copies one, with no memory behind its end where that can be."""
+    """`ops` takes CPU tensors in either form; `guarded` copies one, with no memory behind its end where that can be.
+
+    `device` is of the emulator: what the CUDA form is told of its GPU.
+    """
 
     name: str
     ops: Any
     guarded: Callable[[Tensor], Tensor]
+    device: Callable[..., None]
 
 
 def cpu_ops() -> Any:
@@ -40,7 +44,7 @@ def cpu_ops() -> Any:
 def form(name: str) -> Form:
     """`name` is cpu or cuda; the latter as an sm_90 with three multiprocessors, whose warps run in their order."""
     if name == "cpu":
-        return Form(name, cpu_ops(), lambda t: t.clone(memory_format=torch.contiguous_format))
+        return Form(name, cpu_ops(), lambda t: t.clone(memory_format=torch.contiguous_format), lambda **_: None)
     emulator = emulated.loaded()
     emulator.as_it_comes()
-    return Form(name, emulator.ops, emulator.guarded)
+    return Form(name, emulator.ops, emulator.guarded, emulator.device)
