@@ -39,7 +39,7 @@ def references(tensors: list[Tensor], narrow: torch.dtype, grad: Tensor, **given
     """Master and moments after the update in plain torch: held in `narrow`, as an implementation may, and in fp64."""
     results = []
     for dtype in (narrow, torch.float64):
-        held = [t.to(dtype) for t in tensors]
+        held = [t.to(dtype, copy=True) for t in tensors]
         adamw.reference(held[0], *held, grad, **scalars(**given), **HYPER)
         results.append(held)
     return results
