@@ -18,7 +18,7 @@ from megapre import checkpoint
 from megapre.checkpoint.commit import committed
 from megapre.config import Config
 from megapre.errors import UserError
-from megapre.parallel.comm import Place
+from megapre.parallel.comm import Group, Place
 from megapre.train import bench, loop, tracing
 from megapre.train.folder import read_metrics
 from megapre.train.step import Engine, StepResult, connected
@@ -186,9 +186,23 @@ def test_all_ranks_pass_over_a_damaged_checkpoint(run_on: RunOn, tiny: Tiny, tmp
     assert older.name == "step_00000006"
 
 
+def traced(cfg: Config) -> tuple[int, list[int]]:
+    """Trains; and how many ranks agreed on time zero in each traced step."""
+    agreed = []
+
+    class Noted(loop.Trace):
+        def __init__(self, group: Group, device: torch.device) -> None:
+            agreed.append(group.size)
+            super().__init__(group, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Trace", Noted)
+        return train(cfg), agreed
+
+
 def test_chosen_steps_are_traced(run_on: RunOn, tiny: Tiny, tmp_path: Path) -> None:
     cfg = tiny("layout.pp=2", "layout.dp=2", "batch.micro=1", "run.trace=[2,4]", "run.steps=4")
-    assert run_on(4, train, cfg) == [0] * 4
+    assert run_on(4, traced, cfg) == [(0, [4, 4])] * 4
     traces = tmp_path / "run" / "traces"
     assert {path.name for path in traces.iterdir()} == {
         f"step_0000000{step}.{ending}" for step in (2, 4) for ending in ("json", "png")
