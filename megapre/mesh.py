@@ -6,6 +6,7 @@ that grid. A Mesh is a value: it needs no process group, so layouts for 16,384 G
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Self
@@ -144,3 +145,15 @@ def _ends(length: int, shown: int) -> list[int | None]:
     if length <= shown + 1:
         return list(range(length))
     return [*itertools.islice(range(length), shown), None, length - 1]
+
+
+def spans(ranks: Sequence[int]) -> str:
+    """Ranks in rising order, in words: "rank 3", "ranks 0-2, 7"."""
+    found: list[list[int]] = []
+    for rank in ranks:
+        if found and rank == found[-1][1] + 1:
+            found[-1][1] = rank
+        else:
+            found.append([rank, rank])
+    texts = [f"{first}" if first == last else f"{first}-{last}" for first, last in found]
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(texts)}"

@@ -93,7 +93,8 @@ def _run() -> int:
         message = _mendable(error)
         if message is None or os.environ.get("MEGAPRE_TRACEBACK") == "1":
             raise
-        click.echo(f"megapre: error: {message}", err=True)
+        if not _told_by_the_first_rank(error):
+            click.echo(f"megapre: error: {message}", err=True)
         return BROKEN
 
 
@@ -109,6 +110,12 @@ def _mendable(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     return None
+
+
+def _told_by_the_first_rank(error: Exception) -> bool:
+    """Whether this is another rank than the first one, and all of them have this error."""
+    comm = sys.modules.get("megapre.parallel.comm")
+    return comm is not None and isinstance(error, comm.RanksError) and comm.place(os.environ).rank > 0
 
 
 def _home(error: Exception) -> str:

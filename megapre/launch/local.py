@@ -15,10 +15,7 @@ from megapre.train.changes import changes
 from megapre.train.folder import RunFolder, newest_checkpoint
 from megapre.train.settle import settle
 
-from .processes import STOPPED, launch
-
-REFUSED = 2
-"""Exit code of a rank for what the user can mend, which says itself what to do."""
+from .processes import REFUSED, STOPPED, launch
 
 
 def run(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import selectors
 import signal
 import socket
@@ -29,6 +30,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, Self
 
+from megapre.mesh import spans
 from megapre.train.signals import EXIT_CODES
 
 PASSED_ON = {
@@ -37,12 +39,16 @@ PASSED_ON = {
     signal.SIGUSR2: signal.SIGUSR2,
     signal.SIGHUP: signal.SIGTERM,
 }
+REFUSED = 2
+"""Exit code of a rank for what the user can mend, which says itself what to do."""
 STOPPED = tuple(EXIT_CODES.values())
 """Exit codes of a rank that ended because it was asked to."""
 FAILURE_GRACE = 15.0
 """Seconds that ranks have to end after another one has failed: they wait for it in vain, and cannot save."""
 TAIL = 30
 """Lines of the failed rank that are shown again at the end."""
+ERROR = b"megapre: error: "
+"""With which a rank begins to say what it cannot go on with (megapre.cli)."""
 COLOURS = (36, 33, 32, 35, 34, 31, 96, 93, 92, 95, 94, 91)
 
 
@@ -53,6 +59,7 @@ class Rank:
         self.number = number
         self.log, self._logs = log, True
         self.tail: deque[bytes] = deque(maxlen=TAIL)
+        self.error: list[bytes] = []  # what it cannot go on with, from its first line to all that came after
         self.code: int | None = None
         self._rest = b""
         self.process = subprocess.Popen(
@@ -69,7 +76,9 @@ class Rank:
         os.set_blocking(self.output, False)
 
     def lines(self) -> list[bytes] | None:
-        """The whole lines that have come since, logged; None at the end, when nothing comes any more."""
+        """The whole lines that have come since, logged; None at the end, when nothing comes any more. Lines of `error`
+        are not among them: several ranks may have the same.
+        """
         try:
             data = os.read(self.output, 1 << 16)
         except BlockingIOError:
@@ -79,7 +88,9 @@ class Rank:
         *lines, self._rest = (self._rest + data).split(b"\n") if data else (self._rest, b"")
         self._keep(lines)
         self.tail.extend(lines)
-        return lines
+        at = 0 if self.error else next((at for at, line in enumerate(lines) if line.startswith(ERROR)), len(lines))
+        self.error += lines[at:]
+        return lines[:at]
 
     def _keep(self, lines: list[bytes]) -> None:
         if self._logs and lines:
@@ -112,6 +123,12 @@ class Rank:
         return f"rank {self.number} ended with exit code {self.code}"
 
 
+def alike(rank: Rank) -> bytes:
+    """The error of a rank without what differs from rank to rank: its number, and the ports of its connections."""
+    text = b"\n".join(rank.error).replace(b"error: rank %d: " % rank.number, b"error: ")
+    return re.sub(rb"\]:\d+", b"]", text)
+
+
 class Ranks:
     """All ranks of a run, from start to end. A context manager: whatever happens, none outlives it."""
 
@@ -125,6 +142,7 @@ class Ranks:
         self._before: dict[signal.Signals, Any] = {}
         self._wake, self._waker = socket.socketpair()
         self._selector = selectors.DefaultSelector()
+        self._same: list[int] = []  # ranks with the error of the first to fail
         self._exits: dict[Rank, int] = {}
         self._prints = True
 
@@ -187,6 +205,7 @@ class Ranks:
                 self._tell(signal.SIGKILL)
                 deadline = now + 60
         self._drain()
+        self._errors()
         if len(self._signals) > 1:
             return 128 + self._signals[-1]
         if self.failed:
@@ -255,8 +274,29 @@ class Ranks:
             if rank.code is None:
                 rank.end(number)
 
-    def _print(self, rank: Rank, line: bytes) -> None:
-        prefix = f"[{rank.number:>{len(str(len(self.ranks) - 1))}}]"
+    @property
+    def _blamed(self) -> Rank:
+        """The first to fail; or where that has left it to another to say why, as megapre.cli does, the first to say."""
+        first = self.failed[0]
+        silent = first.code == REFUSED and not first.error
+        return next((rank for rank in self.failed if rank.error), first) if silent else first
+
+    def _errors(self) -> None:
+        """Shows each error once, with the ranks that have it, but for that of the first to fail: it comes last."""
+        said: dict[bytes, list[Rank]] = {}
+        for rank in self.ranks:
+            if rank.error:
+                said.setdefault(alike(rank), []).append(rank)
+        for text, ranks in said.items():
+            if self.failed and self._blamed in ranks:
+                self._same = [rank.number for rank in ranks if rank is not self._blamed]
+                continue
+            for line in text.split(b"\n"):
+                self._print(ranks[0], line, spans([rank.number for rank in ranks]).partition(" ")[2])
+
+    def _print(self, rank: Rank, line: bytes, numbers: str = "") -> None:
+        """Of `rank`, or of all that `numbers` tells."""
+        prefix = f"[{numbers or rank.number:>{len(str(len(self.ranks) - 1))}}]"
         if self._prints:
             try:
                 if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
@@ -267,12 +307,13 @@ class Ranks:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _explain(self) -> None:
-        first = self.failed[0]
+        first = self._blamed
         others = f", the first of {len(self.failed)} that failed" if len(self.failed) > 1 else ""
+        same = f"; {spans(self._same)} said the same" if self._same else ""
         last = f"; its last lines, all of them in {first.log.name}:" if first.tail else ""
-        self._say(f"{first.outcome()}{others}{last}")
+        self._say(f"{first.outcome()}{others}{same}{last}")
         with contextlib.suppress(OSError):
-            for line in first.tail:
+            for line in first.error or first.tail:
                 print(line.decode(errors="replace"), file=sys.stderr, flush=True)
 
     def _say(self, text: str) -> None:

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from megapre.errors import UserError
-from megapre.mesh import Mesh
+from megapre.mesh import Mesh, spans
 
 TIMEOUT = 600.0
 """Seconds after which waiting for another rank is an error, unless an axis has its own."""
@@ -39,6 +39,10 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 class CommError(UserError):
     """Ranks that were not started as the layout needs them, a group that could not be made, an option unknown here."""
+
+
+class RanksError(CommError):
+    """What some ranks cannot go on with, raised alike on all of them. The first rank tells it for all."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,11 @@ def join(here: Place, device: torch.device, timeout: float = TIMEOUT) -> None:
         )  # no device_id: with one, NCCL would make each group by a split in which all ranks of the world must join
 
 
+def everybody(here: Place) -> dist.ProcessGroup | None:
+    """The group of all ranks that have joined; None where there is one."""
+    return dist.group.WORLD if here.world > 1 else None
+
+
 def leave() -> None:
     """Gives up all groups, after a run that went well. To be called when nothing refers to its `Groups` any more: the
     threads of a gloo group end when the group is freed, and one that lives at the end of the interpreter may abort it.
@@ -203,19 +212,23 @@ def blaming_others(rank: int) -> Iterator[None]:
 
 @contextmanager
 def together(ranks: dist.ProcessGroup | None) -> Iterator[bool]:
-    """Whether this is the first rank. Afterwards all ranks wait for each other, and where one of them has raised an
-    OSError or a UserError, all raise: it its own error, the others a CommError with its text.
+    """Whether this is the first rank. Afterwards all ranks wait for each other, and where some of them have raised an
+    OSError or a UserError, all raise a RanksError with each text once, and whose it is. The only rank raises its own.
     """
     error: OSError | UserError | None = None
     try:
         yield rank_in(ranks) == 0
     except (OSError, UserError) as raised:
         error = raised
-    errors = gathered("" if error is None else f"{error}", ranks)
-    if error is not None:
+    if ranks is None and error is not None:
         raise error
-    if any(errors):
-        raise CommError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text))
+    said: dict[str, list[int]] = {}
+    for rank, text in enumerate(gathered("" if error is None else f"{error}", ranks)):
+        if text:
+            said.setdefault(text, []).append(rank)
+    if said:
+        lines = [f"{spans(found)}: {text}" for text, found in said.items()]
+        raise RanksError("\n".join(lines)) from error
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 
 from megapre.config import Comm, Config, Layout
 from megapre.config.schema import Axis
@@ -25,7 +24,7 @@ from megapre.kernels import profile as kernel_profile
 from megapre.mesh import Mesh
 from megapre.plan import comm_profile
 
-from .comm import CommError, Options, Place, gathered
+from .comm import CommError, Options, Place, everybody, gathered
 from .trials import Sizes
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -93,8 +92,7 @@ def tuned(cfg: Config, here: Place, device: torch.device) -> Tuned:
     own = {**key(device, here, Mesh.of(layout, here.world)), **work(cfg, device)}
     file = comm_profile.path(layout.comm_profile)
     answer = comm_profile.find(file, own, "chosen") if here.rank == 0 else None
-    all_ranks = dist.group.WORLD if here.world > 1 else None
-    keys, answers = zip(*gathered((own, answer), all_ranks), strict=True)
+    keys, answers = zip(*gathered((own, answer), everybody(here)), strict=True)
     found, why = answers[0]
     for rank, theirs in enumerate(keys):
         for name in own:

@@ -72,7 +72,7 @@ def _step(cfg: Config, steps: int, warmup: int, here: Place, device: torch.devic
         plan = plan_of(cfg, device, groups.mesh, here)
     engine = Engine(cfg, device, groups)
     marks = []
-    with first_alone(ranks):
+    with together(ranks), first_alone(ranks):
         source = build_loader(cfg, "train", dp.index, dp.size) if real else made_up(cfg, dp.index, dp.size)
     with closing(source) as batches:
         for number in range(1, warmup + steps + 1):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from megapre.data import build_loader
 from megapre.optim.schedules import lr_at
-from megapre.parallel.comm import blaming_others, first_alone, gathered, join, leave, place, together
+from megapre.parallel.comm import blaming_others, everybody, first_alone, gathered, join, leave, place, together
 from megapre.parallel.trace import Trace
 from megapre.parallel.tuned import tuned
 
@@ -65,8 +65,9 @@ def run(cfg: Config, resume: bool = False, reorder: bool = False) -> int:
 
 
 def _run(cfg: Config, resume: bool, here: Place, device: torch.device, reorder: bool = False) -> int:
-    folder = RunFolder(Path(cfg.run.dir) / cfg.name, resume, here.rank)
-    cfg, tokenizer = settle(cfg)
+    with together(everybody(here)):
+        folder = RunFolder(Path(cfg.run.dir) / cfg.name, resume, here.rank)
+        cfg, tokenizer = settle(cfg)
     chosen = tuned(cfg, here, device)
     cfg = cfg.model_copy(update={"layout": chosen.layout})
     groups = connected(cfg, here, device, chosen.options)
@@ -83,7 +84,7 @@ def _run(cfg: Config, resume: bool, here: Place, device: torch.device, reorder: 
         progress = saver.restore(reorder) if resume else Progress()
         first = progress.step
         dp = groups.dp
-        with first_alone(ranks):  # which writes the index files of the samples
+        with together(ranks), first_alone(ranks):  # which writes the index files of the samples
             loader = build_loader(cfg, "train", dp.index, dp.size, progress.consumed_samples)
             valid = build_loader(cfg, "valid", dp.index, dp.size) if cfg.run.eval_every else None
         folder.begin(cfg, plan.as_json(), tokenizer)

@@ -22,6 +22,7 @@ import megapre.train.loop
 import megapre.train.sample
 from megapre import cli
 from megapre.config import load, to_toml
+from megapre.parallel.comm import RanksError
 
 Run = Callable[..., int]
 
@@ -329,3 +330,18 @@ def test_launch_passes_another_verb_with_all_its_options(run: Run, monkeypatch: 
     launch.assert_called_once_with(["tune", "comm", "debug", "--rounds", "2"], 3, 7.0)  # type: ignore[attr-defined]
     assert run("launch", "local", "bench", "comm", "--axis", "tp") == 2
     launch.assert_called_once()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", "megapre: error: rank 1: no file\n"), ("1", "")])
+def test_an_error_that_all_ranks_have_is_told_by_the_first(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, told: str
+) -> None:
+    for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr(
+        megapre.train.loop, "run", create_autospec(megapre.train.loop.run, side_effect=RanksError("rank 1: no file"))
+    )
+    assert run("train", "debug") == 2
+    assert capsys.readouterr().err == told

@@ -53,7 +53,8 @@ def test_the_step_of_a_layout_is_timed(tmp_path: Path) -> None:
 
 def test_errors_are_told_without_a_traceback(tmp_path: Path) -> None:
     wrong = started(tmp_path, "--nproc", "2", "bench", "comm", "--layout", "tp=3")
-    assert wrong.returncode == 2 and "a world of 2 ranks cannot be cut into replicas of tp*pp*cp = 3" in wrong.stdout
+    assert wrong.returncode == 2 and wrong.stdout == "" and "rank 1 said the same" in wrong.stderr.replace("0", "1")
+    assert wrong.stderr.count("a world of 2 ranks cannot be cut into replicas of tp*pp*cp = 3") == 1
     assert "Traceback" not in wrong.stdout + wrong.stderr
     unsaid = started(tmp_path, "bench", "comm")
     assert unsaid.returncode == 2 and "bench comm needs --nproc" in unsaid.stderr

@@ -74,6 +74,58 @@ def test_every_rank_is_told_what_torchrun_tells(start: Start, tmp_path: Path) ->
         assert (tmp_path / "logs" / f"rank{rank}.out").read_text() == f"{rank} 3 3 127.0.0.1 {port}\n"
 
 
+REFUSE = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the others are ended once one has failed
+os.makedirs(FOLDER, exist_ok=True)
+open(f'{FOLDER}/{rank}', 'w').close()
+while len(os.listdir(FOLDER)) < int(os.environ['WORLD_SIZE']): time.sleep(0.01)
+
+def refuse(text, wait=0.0):
+    time.sleep(wait)
+    print('megapre: error: ' + text, file=sys.stderr)
+    os._exit(2)
+"""
+
+
+def test_an_error_of_several_ranks_is_shown_once_with_their_numbers(start: Start, tmp_path: Path) -> None:
+    """The first to fail comes last, as always; what differs from rank to rank by itself makes no difference."""
+    body = (
+        f"FOLDER = {str(tmp_path / 'met')!r}{REFUSE}print('ready')\n"
+        "if rank == 3: refuse('recipe: 2 problems\\n  - one\\n  - two')\n"
+        "if rank == 4: refuse('recipe: 2 problems\\n  - one\\n  - two', 0.5)\n"
+        "refuse(f'rank {rank}: lost [127.0.0.1]:{4000 + rank}', 1.0)"
+    )
+    process = start(5, body)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    shown = [line for line in out.splitlines() if "ready" not in line]
+    assert shown == ["[0-2] megapre: error: lost [127.0.0.1]"]
+    assert err.splitlines() == [
+        "megapre: rank 3 ended with exit code 2, the first of 5 that failed; rank 4 said the same; its last lines, "
+        f"all of them in {tmp_path / 'logs' / 'rank3.out'}:",
+        "megapre: error: recipe: 2 problems",
+        "  - one",
+        "  - two",
+    ]
+    for rank in range(5):
+        assert "megapre: error: " in (tmp_path / "logs" / f"rank{rank}.out").read_text()
+
+
+def test_what_one_rank_says_for_all_is_what_is_shown(start: Start, tmp_path: Path) -> None:
+    """Although another one, which leaves it to that, ends first."""
+    body = f"FOLDER = {str(tmp_path / 'met')!r}{REFUSE}refuse('rank 2: no file', 0.5) if rank == 0 else os._exit(2)"
+    out, err = start(3, body).communicate(timeout=60)
+    assert out == "" and err.splitlines()[0].startswith("megapre: rank 0 ended with exit code 2, the first of 3")
+    assert err.splitlines()[1:] == ["megapre: error: rank 2: no file"]
+
+
+def test_an_error_of_a_rank_that_was_not_the_first_to_die_is_shown_too(start: Start, tmp_path: Path) -> None:
+    body = "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else refuse('a peer is gone', 0.5)"
+    out, err = start(3, f"FOLDER = {str(tmp_path / 'met')!r}{REFUSE}{body}").communicate(timeout=60)
+    assert out == "[0, 2] megapre: error: a peer is gone\n"
+    assert err.startswith("megapre: rank 1 was killed by SIGKILL, the first of 3 that failed\n")
+
+
 def test_lines_stay_whole_and_none_is_lost(start: Start, tmp_path: Path) -> None:
     body = "for i in range(3000): print(f'{rank} {i} ' + 'x' * 100)\nsys.stdout.write(f'{rank} end without a newline')"
     out, _ = start(4, body).communicate(timeout=60)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megapre.errors import UserError
-from megapre.mesh import AXES, Mesh, MeshError
+from megapre.mesh import AXES, Mesh, MeshError, spans
 
 meshes = st.builds(
     lambda dp, tp, pp, cp: Mesh(dp * tp * pp * cp, tp=tp, pp=pp, cp=cp), *[st.integers(1, 4) for _ in range(4)]
@@ -93,3 +93,10 @@ def test_what_cannot_be() -> None:
         with pytest.raises(MeshError, match="distinct ones of pp, dp, cp, tp"):
             Mesh(8).groups(*axes)
     assert issubclass(MeshError, UserError)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"), [([3], "rank 3"), ([0, 1], "ranks 0-1"), ([0, 1, 2, 7, 9, 10], "ranks 0-2, 7, 9-10")]
+)
+def test_ranks_in_words(ranks: list[int], text: str) -> None:
+    assert spans(ranks) == text

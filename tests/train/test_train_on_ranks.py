@@ -17,6 +17,7 @@ from ranks import RankError, RunOn
 from megapre import checkpoint
 from megapre.checkpoint.commit import committed
 from megapre.config import Config
+from megapre.data import DataError
 from megapre.errors import UserError
 from megapre.parallel.comm import Group, Place
 from megapre.train import bench, loop, tracing
@@ -160,7 +161,38 @@ def without_memory(cfg: Config, rank: int) -> str:
 
 def test_a_machine_that_is_too_small_is_told_to_all(run_on: RunOn, tiny: Tiny, tmp_path: Path) -> None:
     first, second = run_on(2, without_memory, tiny("layout.dp=2", "batch.micro=1"), 1)
-    assert first.startswith("CommError: rank 1: model: ") and second.startswith("TooLarge: model: ")
+    assert first == second and first.startswith("RanksError: rank 1: model: ")
+    assert not (tmp_path / "run").exists()
+
+
+def refused(cfg: Config, where: str, texts: dict[int, str]) -> str:
+    """What a rank is told where `texts` are refusals of some of the ranks alone."""
+    own = texts.get(dist.get_rank())
+    with pytest.MonkeyPatch.context() as patch:
+        if own is not None:
+            patch.setattr(loop, where, create_autospec(getattr(loop, where), side_effect=DataError(own)))
+        try:
+            train(cfg)
+        except UserError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("where", ["settle", "plan_of", "build_loader"])
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        ({1: "x.bin is not there"}, "rank 1: x.bin is not there"),
+        ({0: "x.bin is not there"}, "rank 0: x.bin is not there"),
+        ({rank: "x.bin is not there" for rank in range(3)}, "ranks 0-2: x.bin is not there"),
+        ({0: "no x", 1: "no y", 2: "no x"}, "ranks 0, 2: no x\nrank 1: no y"),
+    ],
+)
+def test_what_some_ranks_refuse_is_told_once_with_their_numbers(
+    run_on: RunOn, tiny: Tiny, tmp_path: Path, where: str, texts: dict[int, str], told: str
+) -> None:
+    cfg = tiny("layout.dp=3", "batch.micro=1", "batch.global=6")
+    assert run_on(3, refused, cfg, where, texts) == [f"RanksError: {told}"] * 3
     assert not (tmp_path / "run").exists()
 
 
