@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from .schema import Batch, Data, Layout, Model, Optim, Run, Source
@@ -264,15 +264,46 @@ def _context(layout: "Layout") -> Problems:
         )
 
 
-MOST_HEAD_DIM = 256
-"""Features of a head that the native attention has tiles for (csrc/cpu/attention.h)."""
+class Attends(NamedTuple):
+    """What an implementation of attention takes: heads up to `most` features, multiples of `multiple`; whether fp32."""
+
+    most: int = 256
+    multiple: int = 1
+    fp32: bool = False
 
 
-def _attention(model: "Model", kernels: "Mapping[str, str]") -> Problems:
-    if model.head_dim > MOST_HEAD_DIM and kernels.get("attention", "native") == "native":
+ATTENTION: Mapping[str, Attends] = {
+    "native": Attends(fp32=True),
+    "triton": Attends(fp32=True),
+    "cuda": Attends(multiple=8),
+    "cudnn": Attends(most=128, multiple=8),
+    "flash": Attends(),
+    "flash_attention_2": Attends(),
+    "flash_attention_3": Attends(),
+}
+"""Those of megapre.kernels (`Implementation.takes`) that refuse some heads; they would do so in the first step."""
+
+
+def _attention(model: "Model", run: "Run", kernels: "Mapping[str, str]") -> Problems:
+    name, size = kernels.get("attention", "sdpa" if run.device == "cuda" else "native"), model.head_dim
+    takes = ATTENTION.get(name)
+    if takes is None:
+        return
+    if size > takes.most:
         yield (
-            f"model: head_dim = {model.head_dim} is more than the {MOST_HEAD_DIM} features that native attention "
-            f"takes; nearest: head_dim {MOST_HEAD_DIM}, kernels.attention=sdpa"
+            f"model: head_dim = {size} is more than the {takes.most} features that {name} attention takes; nearest: "
+            f"head_dim {takes.most}, kernels.attention=sdpa"
+        )
+    elif size % takes.multiple:
+        yield (
+            f"model: head_dim = {size} is no multiple of {takes.multiple}, as {name} attention needs ({size} % "
+            f"{takes.multiple} = {size % takes.multiple}); nearest: head_dim {near_multiples(size, takes.multiple)}, "
+            f"kernels.attention=sdpa"
+        )
+    if run.dtype == "fp32" and not takes.fp32:
+        yield (
+            f"run: dtype = 'fp32', but {name} attention takes fp16 and bf16 alone; nearest: run.dtype bf16, "
+            f"kernels.attention=sdpa"
         )
 
 

@@ -5,8 +5,9 @@ first SIGTERM or SIGUSR2         finish the step, save, exit 75: "requeue me" (s
 a second of any of them          the process ends at once; nothing half-written counts as a checkpoint
 
 Of several ranks some may be asked and others not, or in the middle of another step. So a rank says with each step
-whether it has been asked, in the collective that sums up the loss, and all of them stop after the step that follows the
-first in which one did. By then its sum is there: nobody waits for it.
+whether it has been asked, in the collective that sums up the loss. On the CPU its sum is there when the step ends, and
+all stop after the first step that began with a rank asked. A CUDA device may still be at it, and the host ahead: there
+all stop after the step that follows, when the sum is there and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -68,8 +69,10 @@ class Vote:
         if self.world == 1:
             self.signal = self.request.signal
             return self.asked
-        before, self._before = self._before, stops
-        if before is None or not before:  # waits for the step before the last, which a device has behind it
+        told, self._before = self._before, stops
+        if stops is not None and stops.device.type == "cpu":
+            told = stops
+        if told is None or not told:  # on CUDA waits for the step before the last, which the device has behind it
             return False
         self.signal = self.request.signal or signal.SIGTERM
         return True

@@ -177,6 +177,24 @@ BROKEN = [
     ),
     (
         "gpt2-124m",
+        ["model.head_dim=136", "kernels.attention=cudnn"],
+        "model: head_dim = 136 is more than the 128 features that cudnn attention takes; nearest: head_dim 128, "
+        "kernels.attention=sdpa",
+    ),
+    (
+        "gpt2-124m",
+        ["model.head_dim=60", "kernels.attention=cuda"],
+        "model: head_dim = 60 is no multiple of 8, as cuda attention needs (60 % 8 = 4); nearest: head_dim 56 or 64, "
+        "kernels.attention=sdpa",
+    ),
+    (
+        "gpt2-124m",
+        ["run.dtype=fp32", "kernels.attention=flash"],
+        "run: dtype = 'fp32', but flash attention takes fp16 and bf16 alone; nearest: run.dtype bf16, "
+        "kernels.attention=sdpa",
+    ),
+    (
+        "gpt2-124m",
         ["layout.tp=3"],
         "layout: sequence_parallel cuts 1024 tokens over tp = 3 (1024 % 3 = 1); nearest: "
         "batch.seq_length 1023 or 1026, sequence_parallel=false",
@@ -322,6 +340,8 @@ def test_a_broken_rule_is_reported(recipe: str, overrides: list[str], problem: s
         ("gpt2-124m", ["layout.tp=4", "layout.overlap_products=true"]),
         ("gpt2-124m", ["model.head_dim=320", "kernels.attention=sdpa"]),
         ("gpt2-124m", ["model.head_dim=256"]),
+        ("gpt2-124m", ["model.head_dim=320", "run.device=cuda"]),
+        ("gpt2-124m", ["run.dtype=fp32", "kernels.attention=native"]),
         ("llama3-8b", ["layout.tp=16"]),  # two ranks hold each of 8 key-value heads
         ("llama3-8b", ["model.rope_scaling={type='linear', factor=4}"]),
         ("llama3-1b", ["model.rope_scaling=none"]),

@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megapre import checkpoint
 from megapre.config import Config, to_toml
 from megapre.train.folder import read_metrics
+from megapre.train.signals import StopRequest, Vote
 
 Tiny = Callable[..., Config]
 ENDLESS = ("run.steps=100000", "optim.schedule=constant", "checkpoint.every=0")
@@ -120,3 +122,20 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(recipe: Callable[
         (tmp_path / n / "checkpoints" / "step_00000040" / "__0_0.distcp").read_bytes() for n in ("whole", "killed")
     ]
     assert tensors[0] == tensors[1]
+
+
+class Stops:
+    """How many ranks were asked before a step, as a tensor on a device that need not be here."""
+
+    def __init__(self, number: int, kind: str) -> None:
+        self.number, self.device = number, SimpleNamespace(type=kind)
+
+    def __bool__(self) -> bool:
+        return self.number > 0
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("cpu", 3), ("cuda", 4)])
+def test_ranks_stop_after_the_first_step_that_begins_with_one_asked_or_on_cuda_the_next(kind: str, steps: int) -> None:
+    vote, told = Vote(StopRequest(), world=2), [0, 0, 1, 2, 2]
+    made = next(step for step, number in enumerate(told, 1) if vote.passed(Stops(number, kind)))  # type: ignore[arg-type]
+    assert made == steps and vote.signal == signal.SIGTERM

@@ -91,14 +91,14 @@ def test_a_run_goes_on_under_another_layout(
 
 
 def stopped_after(last: int, cfg: Config, asked: int = 1) -> int:
-    """Trains; rank `asked` alone gets SIGTERM, such that the vote stops all after step `last`."""
+    """Trains; rank `asked` alone gets SIGTERM in the step before `last`, the first that begins with it asked."""
     step, count = Engine.step, 0
 
     def counting(self: Engine, *args: Any, **options: Any) -> StepResult:
         nonlocal count
         count += 1
         result = step(self, *args, **options)
-        if count == last - 2 and dist.get_rank() == asked:
+        if count == last - 1 and dist.get_rank() == asked:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
