@@ -137,8 +137,9 @@ class CudaTimer(Timer):
             torch.cuda.empty_cache()
             capture(graph, pool, work)
         except Exception as failure:
-            self._mend(pool)
-            return 0.0, f"not captured: {type(failure).__name__}: {str(failure).strip()[:100]}".splitlines()[0]
+            if isinstance(failure, BrokenCapture):
+                self._mend(pool)
+            return 0.0, f"not captured: {str(failure).strip()[:120]}".splitlines()[0]
         try:
             times = self.turns({"": (graph.replay, prepare)}, repeats, self.until(float("inf")))[""]
         finally:
@@ -147,7 +148,10 @@ class CudaTimer(Timer):
         return quantile(times, 0.5), ""
 
     def _mend(self, pool: Any) -> None:
-        """After a capture that failed: torch leaves its allocator and its generator as if it were still under way."""
+        """After a capture that could not be ended: torch leaves its allocator and its generator as if it still ran.
+
+        A graph whose capture ended gives its pool back itself, and must not find it given back.
+        """
         device = torch.cuda.current_device()
         generator = torch.cuda.default_generators[device]
         for step in (
@@ -175,16 +179,25 @@ class CudaTimer(Timer):
             torch.cuda.empty_cache()
 
 
-def capture(graph: torch.cuda.CUDAGraph, pool: Any, work: Work) -> None:
-    """Captures a call that has been made on the current stream before. Raises what the call raises, if it does.
+class BrokenCapture(RuntimeError):
+    """A call cannot be captured, and torch could not end the capture; the message is what the call raised."""
 
-    torch.cuda.graph() would tell of the capture that ended instead, and collect garbage each time.
+
+def capture(graph: torch.cuda.CUDAGraph, pool: Any, work: Work) -> None:
+    """Captures a call that has been made on the current stream before. Raises what the call raises, or BrokenCapture.
+
+    torch.cuda.graph() would tell of the capture that ended instead, and leave it there.
     """
     graph.capture_begin(pool, capture_error_mode="thread_local")  # a backward runs in another thread
     try:
         work()
-    except BaseException:
-        with suppress(Exception):
+    except BaseException as failure:
+        try:
             graph.capture_end()
+        except Exception as broken:
+            raise BrokenCapture(str(failure) or str(broken)) from failure
         raise
-    graph.capture_end()
+    try:
+        graph.capture_end()
+    except Exception as broken:
+        raise BrokenCapture(str(broken)) from broken

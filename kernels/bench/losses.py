@@ -25,15 +25,17 @@ def _logits(sizes: Sizes, dtype: str, device: str) -> tuple[dict[str, int], Tens
 
 
 def _exact(logits: Tensor, labels: Tensor, vocab: int, factor: float, dtype: str) -> list[Tensor]:
-    """Losses and gradient of the rows at both ends."""
-    rows, at = ends(logits).to(wider(dtype)), ends(labels)
-    leaf = rows.requires_grad_()
-    losses = F.cross_entropy(leaf[:, :vocab], at, reduction="none")
-    return [losses.detach(), torch.autograd.grad(losses.sum() * factor, leaf)[0]]
+    """The sum of all losses, and the gradient of the rows at both ends."""
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for rows, at in zip(logits.split(CHUNK), labels.split(CHUNK), strict=True):
+        total += F.cross_entropy(rows[:, :vocab].to(wider(dtype)), at, reduction="sum")
+    leaf = ends(logits).to(wider(dtype)).requires_grad_()
+    losses = F.cross_entropy(leaf[:, :vocab], ends(labels), reduction="sum")
+    return [total, torch.autograd.grad(losses * factor, leaf)[0]]
 
 
-def _of_ends(results: list[Tensor]) -> list[Tensor]:
-    return [ends(result) for result in results]
+def _view(results: list[Tensor]) -> list[Tensor]:
+    return [results[0].double().sum(), *(ends(gradient) for gradient in results[1:])]
 
 
 def cross_entropy(sizes: Sizes, dtype: str, device: str) -> Case:
@@ -49,7 +51,7 @@ def cross_entropy(sizes: Sizes, dtype: str, device: str) -> Case:
     work = twice("cross_entropy", sizes, dtype)
     return Case(
         "cross_entropy", sizes, dtype, device, "copy", work, adapt, lambda wrap: wrap(own), [logits], upstream,
-        exact=lambda: _exact(logits, labels, vocab, 1.0 / sizes["T"], dtype), view=_of_ends,
+        exact=lambda: _exact(logits, labels, vocab, 1.0 / sizes["T"], dtype), view=_view,
     )  # fmt: skip
 
 
@@ -76,14 +78,14 @@ def _in_place(op: str, sizes: Sizes, dtype: str, device: str) -> Case:
     peers: dict[str, Function] = {}
     liger = liger_function(device, "cross_entropy", "LigerCrossEntropyFunction")
     if liger and vocab == sizes["V"]:  # it takes no columns that do not exist
-        peers["liger"] = through(lambda x: liger.apply(x, labels, None, IGNORE, 0.0, 0.0, "none"))
+        peers["liger"] = through(lambda x: liger.apply(x, labels, None, IGNORE, 0.0, 0.0, "sum"))
     flops, read = cost("cross_entropy", sizes, dtype)
     flops_back, rewritten = cost("cross_entropy_backward", sizes, dtype)
     moved = rewritten + read * (op != "cross_entropy_")  # the collective stands between two reads of a row
     return Case(
         op, sizes, dtype, device, "copy", {"step": (flops + flops_back, moved)}, adapt,
         lambda wrap: through(wrap(own)), peers=peers, prepare=refill([logits], [fresh]),
-        exact=lambda: _exact(fresh, labels, vocab, 1.0, dtype), view=_of_ends,
+        exact=lambda: _exact(fresh, labels, vocab, 1.0, dtype), view=_view,
     )  # fmt: skip
 
 

@@ -86,6 +86,11 @@ class Goal(NamedTuple):
         other = others.get(name)
         return other.best_ms / row.best_ms if other is not None and other.repeats else None
 
+    @property
+    def text(self) -> str:
+        """As it is printed: >= 90 %."""
+        return f"{'<=' if self.of == 'ms' else '>='} {self.words(self.least)}"
+
     def words(self, number: float) -> str:
         """A number of what the goal counts, with its unit."""
         return f"{number:.3g} {self.of}" if self.of in _MEASURES else f"{number:.3g}x {self.of}"
@@ -123,14 +128,20 @@ def hold(rows: Sequence[Row], goals: Goals) -> Iterator[Held]:
     for mode, wanted in goals.items():
         others = {row.provider: row for row in rows if row.mode == mode}
         for goal in wanted:
+            if goal.held and goal.held not in others and rows:
+                yield missed((rows[0].op, rows[0].shape), mode, goal)
             for row in others.values():
                 if row.provider == goal.held or (not goal.held and (row.in_use or row.provider in OWN)):
                     yield _held(goal, row, others)
 
 
+def missed(case: tuple[str, str], mode: str, goal: Goal) -> Held:
+    """A goal of a case (op, shape) that nothing was held to."""
+    return Held(*case, mode, goal.held or "any", False, goal.text, "", None)
+
+
 def _held(goal: Goal, row: Row, others: Mapping[str, Row]) -> Held:
     reached = goal.reached(row, others)
     met = None if reached is None else reached <= goal.least if goal.of == "ms" else reached >= goal.least
-    text = f"{'<=' if goal.of == 'ms' else '>='} {goal.words(goal.least)}"
     told = "" if reached is None else goal.words(reached)
-    return Held(row.op, row.shape, row.mode, row.provider, row.in_use, text, told, met)
+    return Held(row.op, row.shape, row.mode, row.provider, row.in_use, goal.text, told, met)

@@ -13,7 +13,7 @@ from .. import registry
 from .case import COMPILED, DTYPES, Case, Provider, implementations
 from .ceilings import Ceilings
 from .exact import OF_A_PEER, TOLERANCE, error, exact
-from .row import Goals, Held, Row, compare, hold
+from .row import Goals, Held, Row, compare, hold, missed
 from .timer import Prepare, Work, quantile, timer_of
 from .works import prepared
 
@@ -44,6 +44,7 @@ class Runner:
             self.ceilings = Ceilings(device)
         self.rows: list[Row] = []
         self._held: list[tuple[list[Row], Goals]] = []
+        self._ahead: list[Plan] = []  # and what could not be built
         self._end = self._most_compiling = float("inf")
         self._compiling = 0.0
 
@@ -53,7 +54,7 @@ class Runner:
         Every case gets an even share of what is left, and each provider a few calls in any case.
         """
         plans, self._end = list(plans), time.monotonic() + budget
-        self._most_compiling = COMPILE_SHARE * budget
+        self._most_compiling, self._ahead = COMPILE_SHARE * budget, list(plans)
         for at, plan in enumerate(plans):
             left = self._end - time.monotonic()
             if left <= 0:
@@ -68,6 +69,7 @@ class Runner:
             with self.timer.scope():
                 case = plan.build()
             self.case(case, plan.modes, budget, plan.goals)
+            self._ahead.remove(plan)
         except Exception as failure:  # too large for the device, or the device is lost
             self.rows.append(Row(*plan.title, "", "every provider", False, False, note=brief(failure)))
 
@@ -106,8 +108,11 @@ class Runner:
         return self.rows
 
     def held(self) -> list[Held]:
-        """Rows held to the goals of their cases, once `finish` has been called."""
-        return [held for rows, goals in self._held for held in hold(rows, goals)]
+        """Rows held to the goals of their cases, once `finish` has been called, and goals of what was not measured."""
+        found = [held for rows, goals in self._held for held in hold(rows, goals)]
+        for plan in self._ahead:
+            found += [missed(plan.title[:2], mode, goal) for mode, of in (plan.goals or {}).items() for goal in of]
+        return found
 
     def _row(self, case: Case, mode: str, name: str, provider: Provider, in_use: str) -> Row:
         flops, moved = case.work[mode]

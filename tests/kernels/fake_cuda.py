@@ -5,7 +5,7 @@ which stream; what may not happen while a graph is captured raises as on a GPU.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ class Device:
         self.broken = False  # a capture failed, and torch still believes in it
         self.mendable = True
         self.debug = 0
+        self.released = 0  # pools of graphs that could not give them back
         self.held = 0
 
     def run(self, seconds: float, name: str = "work") -> None:
@@ -159,9 +160,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Device:
     }
     for name, fake in replaced.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    ending: Callable[[int, tuple[int, int]], None] = ended
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ending, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda index, pool: None, raising=False)
+
+    def released(index: int, pool: tuple[int, int]) -> None:
+        device.released += 1
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", released, raising=False)
     monkeypatch.setattr(cuda_timer, "DEVICE", "cpu")
     return device
 

@@ -10,7 +10,7 @@ from megapre.kernels import registry
 from megapre.kernels.bench import cases, sets
 from megapre.kernels.bench.case import DTYPES
 from megapre.kernels.bench.ceilings import Ceilings
-from megapre.kernels.bench.exact import TOLERANCE, distance, exact
+from megapre.kernels.bench.exact import TOLERANCE, error, exact
 from megapre.kernels.bench.row import Goal, Row, hold
 from megapre.kernels.bench.run import Plan, Runner
 from megapre.kernels.bench.timer import Timer, quantile
@@ -155,6 +155,8 @@ def test_each_kind_of_goal_says_what_is_reached() -> None:
         assert (ours_in_cuda.provider, ours_in_cuda.met, ours_in_cuda.verdict) == ("cuda", None, "not measured")
     (named,) = hold(rows, {"forward": (Goal(0.8, "cudnn", held="torch"),), "backward": (Goal(1, "ms"),)})
     assert (named.provider, named.met) == ("torch", False)
+    (named,) = hold(rows, {"forward": (Goal(0.8, "cudnn", held="apex"),)})
+    assert (named.provider, named.goal, named.met) == ("apex", ">= 0.8x cudnn", None)
 
 
 def test_mistakes_name_what_there_is() -> None:
@@ -182,21 +184,27 @@ def test_work_in_place_starts_from_the_same_numbers_each_time() -> None:
 def test_a_case_that_cannot_be_built_is_a_row_that_says_so() -> None:
     runner = Runner("cpu", repeats=1, cold=False)
     title = ("gelu", "T=8,F=16", "bf16")
-    plans = [Plan(lambda: 1 / 0, title=title), Plan(lambda: cases.build("gelu", TINY, "fp32", "cpu"), ["forward"])]
+    plans = [
+        Plan(lambda: 1 / 0, (), {"full": (Goal(2, "ms"),)}, title),
+        Plan(lambda: cases.build("gelu", TINY, "fp32", "cpu"), ["forward"]),
+    ]
     first, second = runner.run(plans)
     (row,) = first
     assert (row.op, row.shape, row.dtype, row.note) == (*title, "ZeroDivisionError: division by zero")
     assert all(row.repeats for row in second) and runner.finish() == [*first, *second]
+    (held,) = runner.held()
+    assert (held.op, held.shape, held.goal, held.verdict) == ("gelu", "T=8,F=16", "<= 2 ms", "not measured")
 
 
 def test_what_is_compared_reaches_the_last_rows() -> None:
-    """An index that overflows shows there; NaN anywhere in them is infinitely far off."""
+    """An index that overflows shows there; NaN anywhere in them is infinitely far off, as is one in any loss."""
     case = cases.build("cross_entropy_", {"T": 100, "V": 32}, "fp32", "cpu")
     known = exact(case)
-    losses, gradient = case.providers()["torch"].function()
-    assert distance(case.view([losses, gradient])[1], known[1]) < TOLERANCE[4]
-    gradient[-1, -1] = torch.nan
-    assert distance(case.view([losses, gradient])[1], known[1]) == float("inf")
+    for wrong in ((1, -1), (0, 50)):
+        results = case.providers()["torch"].function()
+        assert error(case, results, known) < TOLERANCE[4]
+        results[wrong[0]][wrong[1]] = torch.nan
+        assert error(case, results, known) == float("inf")
 
 
 @pytest.mark.parametrize("variant", [{}, {"documents": 3}, {"window": 4}])

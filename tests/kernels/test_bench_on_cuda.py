@@ -100,10 +100,23 @@ def test_a_capture_that_fails_is_told_and_undone(gpu: fake_cuda.Device, mendable
 
     with clock.scope():
         first, second = clock.beside(work, None, 7), clock.beside(lambda: gpu.run(0.001), None, 7)
-    assert first.graph_note == "not captured: RuntimeError: operation not permitted when stream is capturing"
-    assert gpu.log.count("capture_end") == gpu.log.count("capture_begin") == 1 + mendable
+    assert first.graph_note == "not captured: operation not permitted when stream is capturing"
+    assert gpu.log.count("capture_end") == gpu.log.count("capture_begin") == 1 + mendable and gpu.released == 1
     assert bool(second.graph_ms) is mendable and ("could not be undone" in second.graph_note) is not mendable
     clock.clear()
+
+
+def test_a_call_that_refuses_to_be_captured_leaves_nothing_to_be_undone(gpu: fake_cuda.Device) -> None:
+    """Its graph ended, and gives its memory back itself."""
+    clock = fake_cuda.timer(gpu)
+
+    def work() -> None:
+        if gpu.capturing is not None:
+            raise ValueError("not here")
+
+    with clock.scope():
+        assert clock.beside(work, None, 7).graph_note == "not captured: not here"
+    assert not gpu.broken and gpu.released == 0 and gpu.log[-1] == "capture_end"
 
 
 class Counted(Runner):
