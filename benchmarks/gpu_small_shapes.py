@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megapre import kernels
+from megapre.kernels.bench.case import IN_PLACE, implementations
 
 DTYPE = torch.bfloat16
 
@@ -149,9 +150,29 @@ CASES: dict[str, Callable[..., Iterator[Tensor]]] = {
 }
 
 
+def in_place(op: Callable[..., Tensor]) -> Iterator[Tensor]:
+    for rows, vocab, padded in ((1, 3, 3), (37, 1000, 1024), (5, 50257, 50304)):
+        logits = leaf(rows, padded).detach()
+        yield op(logits, labels(rows, vocab), vocab)
+        yield logits
+
+
+def losses_in_place(device: str) -> bool:
+    """The cross-entropies that write their gradient over the logits: ops of torch, no rows of the registry."""
+    failed = False
+    for op in IN_PLACE:
+        for row in implementations(op):
+            if not row.why_not(device):
+                finite = all(bool(result.isfinite().all()) for result in in_place(row.function))
+                failed |= not finite
+                print(f"{op:35} {row.name:18} {'ok' if finite else 'NOT FINITE'}", flush=True)
+    return failed
+
+
 def main(device: str = "cuda") -> int:
     torch.set_default_device(device)
-    failed = False
+    kernels.choose(device)  # registers the ops
+    failed = losses_in_place(device)
     for row in kernels.table(device):
         if not row.available:
             continue

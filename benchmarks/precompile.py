@@ -4,7 +4,8 @@
     python benchmarks/precompile.py --capability 90     for another one, on any machine
 
 Triton compiles a kernel when it is first launched, one at a time, and most of a short check would be spent so. Here the
-launch functions run on tensors without memory (the cases of .ci/aot_triton.py), in one process a core; Triton's own
+launch functions run on tensors without memory (the cases of .ci/aot_triton.py, and norms of the other widths that are
+benchmarked), in one process a core; Triton's own
 launcher binds the arguments for a device that is only named, compiles into its cache, and launches nothing.
 """
 
@@ -15,21 +16,25 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def cases() -> ModuleType:
-    """.ci/aot_triton.py, whose CASES are calls of the launch functions."""
+WIDTHS = (768, 8192)
+
+
+def cases() -> dict[str, Callable[[], None]]:
+    """Calls of the launch functions by name."""
     spec = importlib.util.spec_from_file_location("aot_triton", ROOT / ".ci" / "aot_triton.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    return {**module.CASES, **{f"norm {width}": partial(module.norms, width) for width in WIDTHS}}
 
 
 class NamedDevice:
@@ -66,7 +71,7 @@ def compile_case(job: tuple[str, int]) -> tuple[str, int, str]:
 
     JITFunction.run = compile_alone
     try:
-        cases().CASES[name]()
+        cases()[name]()
     except Exception as error:  # what does not compile is for the tests to tell; the others still should
         return name, compiled, f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
     finally:
@@ -88,7 +93,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     capability = arguments.capability or capability_here()
-    names = [name for name in cases().CASES if arguments.cases in name]
+    names = [name for name in cases() if arguments.cases in name]
     names.sort(key=lambda name: "attention" not in name)  # the longest first
     begin, total, failed = time.monotonic(), 0, 0
     with ProcessPoolExecutor(min(arguments.jobs, len(names))) as pool:

@@ -74,6 +74,7 @@ class Case:
     view: Callable[[list[Tensor]], list[Tensor]] = field(default=lambda results: results)
     sunk: int | None = None  # the leaf whose gradient its owner wants in an fp32 buffer, as in training
     compiles: bool = True  # whether torch.compile of the peer in plain torch says anything
+    variants: dict[str, Provider] = field(default_factory=dict)  # of an implementation (policies.py)
 
     @property
     def shape(self) -> str:
@@ -81,10 +82,11 @@ class Case:
         return ",".join(f"{name}={size}" for name, size in self.sizes.items())
 
     def providers(self) -> dict[str, Provider]:
-        """Every provider by name: implementations in order of preference, then peers."""
+        """Every provider by name: implementations in order of preference, variants of them, then peers."""
         found = {}
         for row in implementations(self.op):
             found[row.name] = Provider(self.adapt(row.function), row.why_not(self.device), row.name in PEERS)
+        found.update(self.variants)
         if self.plain is not None:
             if "torch" not in found:
                 found["torch"] = Provider(self.plain(lambda function: function), "", True)

@@ -55,6 +55,7 @@ def bench_step(recipe: str, overrides: tuple[str, ...], steps: int, warmup: int,
 @click.option(
     "--out", type=click.Path(file_okay=False), help="Folder for kernels_<hardware>_<date>.csv, .json, .md, .png."
 )
+@click.option("--policies", is_flag=True, help="Time the Triton kernels under other launch policies too.")
 @click.option("--write-profile", is_flag=True, help="Let this machine's runs use what was fastest; see the docs.")
 @click.option("--list", "list_only", is_flag=True, help="Print the ops, the sizes they need and their providers; stop.")
 def bench_kernels(
@@ -72,6 +73,7 @@ def bench_kernels(
     warm: bool,
     return_memory: bool,
     out: str | None,
+    policies: bool,
     write_profile: bool,
     list_only: bool,
 ) -> int:
@@ -100,6 +102,7 @@ def bench_kernels(
         budget=budget,
         cold=not warm,
         keep_memory=not return_memory,
+        policies=policies,
     )
     return bench_kernels.show(device) if list_only else bench_kernels.run(request, out, write_profile)
 

@@ -83,7 +83,7 @@ def tables(report: Report) -> Iterator[RenderableType]:
     for (op, shape, dtype), rows in groupby(report.rows, key=lambda row: (row.op, row.shape, row.dtype)):
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("mode", width=9)
-        table.add_column("provider", width=16)
+        table.add_column("provider", min_width=16)
         for column in columns:
             table.add_column(column.head, justify="right", width=column.width, no_wrap=True)
         last, untold = "", {}
@@ -114,7 +114,7 @@ def goals(held: list[Held]) -> Iterator[RenderableType]:
     if not held:
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for head, width in (("op", 29), ("shape", 38), ("mode", 8), ("provider", 17), ("goal", 17), ("reached", 17)):
+    for head, width in (("op", 29), ("shape", 38), ("mode", 8), ("provider", 40), ("goal", 17), ("reached", 17)):
         table.add_column(head, max_width=width, no_wrap=True)
     table.add_column("", no_wrap=True)
     for of in held:

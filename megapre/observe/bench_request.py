@@ -39,11 +39,12 @@ class Request:
     budget: float = 100.0
     cold: bool = True
     keep_memory: bool = True
+    policies: bool = False
 
 
 def plans(request: Request, device: str) -> list[Plan]:
     """The cases in the order they run. BenchRequestError when the request asks for what there is not."""
-    from ..kernels.bench import cases, sets
+    from ..kernels.bench import cases, policies, sets
     from ..kernels.bench.case import MODES
     from ..kernels.bench.run import Plan
 
@@ -65,6 +66,8 @@ def plans(request: Request, device: str) -> list[Plan]:
         ]
     for op in request.ops:
         _known("op", op, cases.ops())
+    if request.policies and not any(entry.op in policies.POLICIES for entry in chosen):
+        raise BenchRequestError(f"bench kernels: --policies is for {', '.join(policies.POLICIES)}; name one of them")
     found = []
     for op, sizes, dtype, goals in chosen:
         try:
@@ -73,7 +76,7 @@ def plans(request: Request, device: str) -> list[Plan]:
             raise BenchRequestError(f"bench kernels: {error}") from None
         wanted = request.modes or (tuple(goals) if device == "cpu" else ())  # a GPU has the time for all of them
         title = (op, ",".join(f"{name}={size}" for name, size in sizes.items()), dtype)
-        found.append(Plan(_builder(op, sizes, dtype, device), wanted, goals, title))
+        found.append(Plan(_builder(op, sizes, dtype, device, request.policies), wanted, goals, title))
     _check_providers(request, [entry.op for entry in chosen], device)
     if not found:
         raise BenchRequestError(
@@ -83,10 +86,14 @@ def plans(request: Request, device: str) -> list[Plan]:
     return found
 
 
-def _builder(op: str, sizes: Mapping[str, int], dtype: str, device: str) -> Callable[[], Case]:
-    from ..kernels.bench import cases
+def _builder(op: str, sizes: Mapping[str, int], dtype: str, device: str, more: bool) -> Callable[[], Case]:
+    from ..kernels.bench import cases, policies
 
-    return lambda: cases.build(op, sizes, dtype, device)
+    def build() -> Case:
+        case = cases.build(op, sizes, dtype, device)
+        return policies.add(case) if more else case
+
+    return build
 
 
 def _known(what: str, name: str, names: Iterable[str]) -> None:

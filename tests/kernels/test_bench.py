@@ -7,7 +7,7 @@ import torch
 
 from megapre import kernels
 from megapre.kernels import registry
-from megapre.kernels.bench import cases, sets
+from megapre.kernels.bench import cases, policies, sets
 from megapre.kernels.bench.case import DTYPES
 from megapre.kernels.bench.ceilings import Ceilings
 from megapre.kernels.bench.exact import TOLERANCE, error, exact
@@ -232,3 +232,18 @@ def test_the_sets_for_a_gpu_begin_with_what_has_a_goal() -> None:
     for entry in sets.GPU:
         cases.check(entry.op, entry.sizes, entry.dtype)
         assert all(mode in ("forward", "backward", "full", "step") for mode in entry.goals)
+
+
+def test_launch_policies_are_providers_that_put_back_what_they_changed() -> None:
+    pytest.importorskip("triton")
+    from megapre.kernels.triton import norm
+
+    case = cases.build("rms_norm", {"T": 8, "H": 4096}, "bf16", "cpu")
+    assert policies.add(case).variants == {}, "Triton cannot run here"
+    own = norm.backward_policy
+    with policies.instead("norm", "backward_policy", (1, 4096, 4, 1)):
+        assert norm.backward_policy(4096) == (1, 4096, 4, 1) != own(4096)
+    assert norm.backward_policy is own
+    for name, known in (("norm_forward", norm.forward_policy), ("norm_backward", own)):
+        for width in (768, 4096):
+            assert known(width) in list(getattr(policies, name)({"H": width})), "the one in use is a candidate"

@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megapre import kernels
 from megapre.config import load
 from megapre.errors import UserError
 from megapre.kernels import profile
 from megapre.kernels.bench import cases, sets
-from megapre.kernels.bench.row import Goal
+from megapre.kernels.bench.row import Goal, Row, compare, hold
 from megapre.observe import bench_kernels, bench_report, bench_request
 from megapre.observe.bench_request import Request
 
@@ -119,6 +120,7 @@ def test_the_set_of_targets_has_each_with_its_goal() -> None:
         ({"modes": ("forwards",)}, r"no mode 'forwards' \(did you mean forward\?\)"),
         ({"named_set": "target", "shapes": ()}, r"no set 'target' \(did you mean targets\?\)"),
         ({"named_set": "targets"}, "leave out --set or --shape"),
+        ({"ops": ("swiglu",), "policies": True}, "--policies is for rms_norm, layer_norm, "),
         ({"named_set": "targets", "shapes": (), "ops": ("gelu",)}, "has no case of gelu; it has rms_norm"),
     ],
 )
@@ -179,6 +181,55 @@ def test_what_could_not_be_timed_is_told_in_full(capsys: pytest.CaptureFixture[s
 def test_providers_that_none_of_the_ops_has_here_are_an_error() -> None:
     with pytest.raises(UserError, match="these ops have no cudnn on cpu; --list shows"):
         bench_kernels.run(replace(TINY, ops=("swiglu",), providers=("cudnn",)))
+
+
+def test_only_a_failure_of_ours_fails_a_run() -> None:
+    def row(provider: str, note: str, peer: bool = False) -> Row:
+        return Row("swiglu", "T=1,F=2", "bf16", "full", provider, peer, False, note=note)
+
+    for told in ("wrong: 1.0e+00 off", "RuntimeError: CUDA error"):
+        assert bench_kernels.broken(row("triton", told))
+        assert not bench_kernels.broken(row("liger", told, peer=True))
+        assert not bench_kernels.broken(row("triton policy 1,2", told))
+    for told in ("", "skipped: the budget is spent", "ValueError: head dim 512"):
+        assert not bench_kernels.broken(row("triton", told))
+
+
+def test_a_gpus_table_has_graphs_memory_errors_and_goals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Row("rms_norm", "T=8192,H=4096", "bf16", "forward", name, name == "torch", name == "triton") for name in
+            ("triton", "torch", "cuda")]  # fmt: skip
+    for row, ms in zip(rows, (0.035, 0.046), strict=False):
+        row.flops, row.bytes = 1 << 27, 1 << 27
+        row.time([ms] * 7, "median")
+        row.wall_ms, row.graph_ms, row.error, row.peak_mib = 0.05, ms, 1.7e-3, 64.0
+    rows[1].graph_ms, rows[1].graph_note, rows[2].note = 0.0, "waits for the device: RuntimeError", "RuntimeError: no"
+    compare(rows)
+    rows[0].of_ceiling = 0.893
+    held = list(hold(rows, {"forward": (Goal(90, "%"), Goal(2, "torch"))}))
+    about = {"hardware": "H200", "device": "cuda", "commit": "abc", "date": "today", "cases": 2, "cases_measured": 1}
+    report = bench_kernels.Report(about, {"copy": 4300.0, "product bf16": 790.0}, rows, held)
+    console = Console(width=bench_report.WIDTH["cuda"])
+    for renderable in bench_report.tables(report):
+        console.print(renderable)
+    out = capsys.readouterr().out
+    for words in (
+        "forward    triton *             0.0350      0.0350-0.0350     0.0350     0.0500       3835 GB/s         89%",
+        "torch has no graph: waits for the device: RuntimeError",
+        "cuda was not timed: RuntimeError: no",
+        "goals  0 of 4 met",
+        "product bf16 790000 GFLOP/s",
+        "1 of 2 cases were not finished",
+    ):
+        assert words in out, out
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "rms_norm T=8192,H=4096 forward triton * >= 90 % 89.3 % not met" in lines
+    assert "rms_norm T=8192,H=4096 forward cuda >= 2x torch not measured" in lines
+    bench_report.write(report, str(tmp_path), picture=False)
+    (file,) = tmp_path.glob("kernels_cuda_h200_today.json")
+    assert [goal["verdict"] for goal in json.loads(file.read_text())["goals"]] == ["not met", "not measured"] * 2
+    (file,) = tmp_path.glob("*.md")
+    assert "| forward | triton * | >= 90 % | 89.3 % | not met |" in file.read_text()
+    assert len(list(tmp_path.iterdir())) == 3, "nothing temporary stays"
 
 
 def test_numbers_are_short() -> None:
