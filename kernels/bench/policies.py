@@ -27,7 +27,7 @@ def norm_forward(sizes: Sizes) -> Iterator[Given]:
     """(rows per program, tile width, warps)."""
     _, block = _tile(sizes["H"])
     for rows in (1, 2, 4) if block < 4096 else (1,):
-        for warps in (2, 4, 8, 16, 32):
+        for warps in (1, 2, 4, 8, 16, 32):
             if rows * block // (32 * warps) in THREAD:
                 yield rows, block, warps
 

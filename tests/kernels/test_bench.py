@@ -236,7 +236,7 @@ def test_the_sets_for_a_gpu_begin_with_what_has_a_goal() -> None:
 
 def test_launch_policies_are_providers_that_put_back_what_they_changed() -> None:
     pytest.importorskip("triton")
-    from megapre.kernels.triton import norm
+    from megapre.kernels.triton import cross_entropy, norm
 
     case = cases.build("rms_norm", {"T": 8, "H": 4096}, "bf16", "cpu")
     assert policies.add(case).variants == {}, "Triton cannot run here"
@@ -247,3 +247,5 @@ def test_launch_policies_are_providers_that_put_back_what_they_changed() -> None
     for name, known in (("norm_forward", norm.forward_policy), ("norm_backward", own)):
         for width in (768, 4096):
             assert known(width) in list(getattr(policies, name)({"H": width})), "the one in use is a candidate"
+    for width in (50304, 131072):
+        assert cross_entropy.policy(width, 2) in list(policies.cross_entropy({"V": width}))
