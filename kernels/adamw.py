@@ -15,6 +15,7 @@ Measured 55e6 parameters, fp32 gradient, bf16 parameter: native 18 to 28 ms from
          torch's fused kernel and a copy 23 to 40 ms. In runs of 18 to 19 ms:
          bf16 gradient 17.4 ms; adamw_stochastic_ 22.3 ms, with bf16 moments 46.8 ms, where random bits are the cost.
          AMD EPYC (Zen 4, AVX-512 bf16), two threads, torch 2.13, 2026-11-21.
+         CUDA C++, Triton's adamw_ in its present form and its adamw_stochastic_: not yet run on a GPU.
 
 lr, step, grad_scale (a multiplier: clip factor / loss scale) and found_inf are tensors on the device, so a step needs
 no host sync. `step` is the number of this update, from 1; it is the caller's: where found_inf is not 0 nothing is

@@ -28,6 +28,7 @@ Measured bf16 B 2, S 1024, N = K = 12, D 64, causal, forward and backward in ms:
          Four documents a row: native 7.6 and 16, cut apart for SDPA 25 and 60, SDPA with a dense mask 46 and 86. A
          window of 256: native 6.8 and 15, SDPA with a dense mask 46 and 88.
          AMD EPYC (Zen 4, AVX-512 bf16), two threads, torch 2.13, minimum of 25, 2026-11-21.
+         CUDA C++: not yet run on a GPU.
 """
 
 import math

@@ -15,6 +15,7 @@ Measured bf16 1024 x 50304, native: forward 6.2 ms, backward 6.7 ms, both at onc
          backward 43 ms. The backward takes 33 ms where its 103 MB are fresh from the system, which clears and
          maps them page by page, as a clone of the logits does (5.0 and 29 ms): free memory must be kept, or logits
          overwritten. AMD EPYC (Zen 4, AVX-512 bf16), two threads, torch 2.13, minimum of 8, 2026-11-21.
+         CUDA C++, and Triton in its present form: not yet run on a GPU.
 
 Logits whose columns lie in shards: vocab_parallel.py.
 

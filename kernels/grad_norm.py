@@ -9,6 +9,7 @@ Floor    memory: bytes / read rate.
 Measured 55e6 elements: bf16 native 2.0 ms (54 GB/s, a copy runs at 47), torch's get_total_norm 6.0, reference 68 ms;
          fp32 native 4.0 to 5.9 ms, torch's 7.2 to 9.1, reference 4.7 to 6.2 ms.
          AMD EPYC (Zen 4, AVX-512 bf16), two threads, torch 2.13, 2026-11-21.
+         CUDA C++: not yet run on a GPU.
 
 Each tensor is cut into blocks of fixed size, each block is reduced by itself and the few block norms are added in fp64
 in order: no atomics, and no dependence on how many threads or SMs share the work. Short blocks also keep the rounding

@@ -15,6 +15,7 @@ Floor    products: 6 T V H / product rate.
 Measured bf16 T 2048, H 768, V 50304: loss 0.42 s, with all gradients 1.28 s; the three products at the rates of
          linear.py 1.09 s; a product and F.cross_entropy on its fp32 copy 0.48 and 1.40 s.
          AMD EPYC (Zen 4, AVX-512 bf16), two threads, torch 2.13, minimum of 25, 2026-11-21.
+         Triton in its present form: not yet run on a GPU.
 
 Weights whose rows lie in shards: vocab_parallel_linear_cross_entropy.py.
 """

@@ -95,8 +95,11 @@ def _on_cpu_alone(reason: str) -> Callable[[str], str]:
 
 
 NOT_RUN = "not yet run on a GPU"
+NOT_RUN_SO = "not yet run on a GPU in this form; an older one has"
+NOT_RUN_AS_ROW = "not yet run on a GPU as a row; what it calls has"
 
-# In order of preference: the first that can serve a device is its default. What has not run comes after all that has.
+# In order of preference: the first that can serve a device is its default. What has not run in any form comes after all
+# that has.
 IMPLEMENTATIONS = (
     Implementation("embedding", "summed", embedding.summed, _on_cpu_alone("torch's own kernel sums in fp32 there")),
     Implementation("embedding", "torch", embedding.torch_embedding),
@@ -108,9 +111,11 @@ IMPLEMENTATIONS = (
     Implementation("layer_norm", "native", layer_norm.native, _needs_native("layer_norm", "layer_norm_backward")),
     Implementation("layer_norm", "triton", triton.layer_norm, triton.why_not),
     Implementation("layer_norm", "torch", layer_norm.fused_torch),
-    Implementation("layer_norm", "apex", apex.layer_norm, apex.why_not("fused_layer_norm_cuda", "apex")),
-    Implementation("layer_norm", "liger", liger.layer_norm, liger.why_not),
-    Implementation("layer_norm", "transformer_engine", transformer_engine.layer_norm, transformer_engine.why_not),
+    Implementation("layer_norm", "apex", apex.layer_norm, apex.why_not("fused_layer_norm_cuda", "apex"), note=NOT_RUN),
+    Implementation("layer_norm", "liger", liger.layer_norm, liger.why_not, note=NOT_RUN),
+    Implementation(
+        "layer_norm", "transformer_engine", transformer_engine.layer_norm, transformer_engine.why_not, note=NOT_RUN
+    ),
     Implementation(
         "layer_norm", "cuda", layer_norm.native, _needs_cuda("layer_norm", "layer_norm_backward"), note=NOT_RUN
     ),
@@ -118,18 +123,20 @@ IMPLEMENTATIONS = (
     Implementation("rms_norm", "native", rms_norm.native, _needs_native("rms_norm", "rms_norm_backward")),
     Implementation("rms_norm", "triton", triton.rms_norm, triton.why_not),
     Implementation("rms_norm", "torch", rms_norm.fused_torch),
-    Implementation("rms_norm", "apex", apex.rms_norm, apex.why_not("fused_layer_norm_cuda", "apex")),
-    Implementation("rms_norm", "liger", liger.rms_norm, liger.why_not),
-    Implementation("rms_norm", "transformer_engine", transformer_engine.rms_norm, transformer_engine.why_not),
+    Implementation("rms_norm", "apex", apex.rms_norm, apex.why_not("fused_layer_norm_cuda", "apex"), note=NOT_RUN),
+    Implementation("rms_norm", "liger", liger.rms_norm, liger.why_not, note=NOT_RUN),
+    Implementation(
+        "rms_norm", "transformer_engine", transformer_engine.rms_norm, transformer_engine.why_not, note=NOT_RUN
+    ),
     Implementation("rms_norm", "cuda", rms_norm.native, _needs_cuda("rms_norm", "rms_norm_backward"), note=NOT_RUN),
     Implementation("rms_norm", "reference", rms_norm.reference),
     Implementation("rope", "native", rope.native, _needs_native("rope")),
     Implementation("rope", "triton", triton.rope, triton.why_not),
-    Implementation("rope", "liger", liger.rope, liger.why_not, liger.TAKES_ROPE),
+    Implementation("rope", "liger", liger.rope, liger.why_not, liger.TAKES_ROPE, note=NOT_RUN),
     Implementation("rope", "cuda", rope.native, _needs_cuda("rope"), note=NOT_RUN),
     Implementation("rope", "reference", rope.reference),
     Implementation("rope_", "native", rope.native_, _needs_native("rope_", "rope_qkv_backward")),
-    Implementation("rope_", "triton", triton.rope_, triton.why_not),
+    Implementation("rope_", "triton", triton.rope_, triton.why_not, note=NOT_RUN_SO),
     Implementation("rope_", "cuda", rope.native_, _needs_cuda("rope_", "rope_qkv_backward"), note=NOT_RUN),
     Implementation("rope_", "reference", rope.reference_),
     Implementation("gelu", "native", gelu.native, _needs_native("gelu", "gelu_backward")),
@@ -140,21 +147,21 @@ IMPLEMENTATIONS = (
     Implementation("swiglu", "native", swiglu.native, _needs_native("swiglu", "swiglu_backward")),
     Implementation("swiglu", "triton", triton.swiglu, triton.why_not),
     Implementation("swiglu", "torch", swiglu.composed_torch),
-    Implementation("swiglu", "liger", liger.swiglu, liger.why_not),
-    Implementation("swiglu", "transformer_engine", transformer_engine.swiglu, transformer_engine.why_not),
+    Implementation("swiglu", "liger", liger.swiglu, liger.why_not, note=NOT_RUN),
+    Implementation("swiglu", "transformer_engine", transformer_engine.swiglu, transformer_engine.why_not, note=NOT_RUN),
     Implementation("swiglu", "cuda", swiglu.native, _needs_cuda("swiglu", "swiglu_backward"), note=NOT_RUN),
     Implementation("swiglu", "reference", swiglu.reference),
     Implementation("geglu", "native", swiglu.geglu_native, _needs_native("geglu", "geglu_backward")),
     Implementation("geglu", "triton", triton.geglu, triton.why_not),
     Implementation("geglu", "torch", swiglu.geglu_composed_torch),
-    Implementation("geglu", "liger", liger.geglu, liger.why_not),
-    Implementation("geglu", "transformer_engine", transformer_engine.geglu, transformer_engine.why_not),
+    Implementation("geglu", "liger", liger.geglu, liger.why_not, note=NOT_RUN),
+    Implementation("geglu", "transformer_engine", transformer_engine.geglu, transformer_engine.why_not, note=NOT_RUN),
     Implementation("geglu", "cuda", swiglu.geglu_native, _needs_cuda("geglu", "geglu_backward"), note=NOT_RUN),
     Implementation("geglu", "reference", swiglu.geglu_reference),
     Implementation(
         "cross_entropy", "native", cross_entropy.native, _needs_native("cross_entropy", "cross_entropy_backward")
     ),
-    Implementation("cross_entropy", "triton", triton.cross_entropy, triton.why_not),
+    Implementation("cross_entropy", "triton", triton.cross_entropy, triton.why_not, note=NOT_RUN_SO),
     Implementation(
         "cross_entropy",
         "cuda",
@@ -163,7 +170,7 @@ IMPLEMENTATIONS = (
         note=NOT_RUN,
     ),
     Implementation("cross_entropy", "reference", cross_entropy.reference),
-    Implementation("linear_cross_entropy", "triton", triton.linear_cross_entropy, triton.why_not),
+    Implementation("linear_cross_entropy", "triton", triton.linear_cross_entropy, triton.why_not, note=NOT_RUN_SO),
     Implementation("linear_cross_entropy", "chunked", linear_cross_entropy.chunked),
     Implementation("linear_cross_entropy", "reference", linear_cross_entropy.reference),
     Implementation(
@@ -182,6 +189,7 @@ IMPLEMENTATIONS = (
         torch_sdpa.cudnn_or_triton,
         torch_sdpa.why_not_cudnn_or_triton,
         serves="dense: cudnn, or sdpa where that cannot; documents, windows, lse: triton",
+        note=NOT_RUN_AS_ROW,
     ),
     Implementation(
         "attention",
@@ -192,21 +200,27 @@ IMPLEMENTATIONS = (
     ),
     Implementation("attention", "sdpa", attention.sdpa),
     Implementation("attention", "triton", triton.attention, triton.why_not),
-    Implementation("attention", "cudnn", torch_sdpa.cudnn, torch_sdpa.why_not_cudnn, torch_sdpa.TAKES_CUDNN),
+    Implementation(
+        "attention", "cudnn", torch_sdpa.cudnn, torch_sdpa.why_not_cudnn, torch_sdpa.TAKES_CUDNN, note=NOT_RUN_AS_ROW
+    ),
     Implementation(
         "attention",
         "flash_attention_3",
         flash_attention.flash_attention_3,
         flash_attention.why_not_3,
         flash_attention.TAKES,
+        note=NOT_RUN,
     ),
-    Implementation("attention", "flash", torch_sdpa.flash, torch_sdpa.why_not_flash, torch_sdpa.TAKES_FLASH),
+    Implementation(
+        "attention", "flash", torch_sdpa.flash, torch_sdpa.why_not_flash, torch_sdpa.TAKES_FLASH, note=NOT_RUN_AS_ROW
+    ),
     Implementation(
         "attention",
         "flash_attention_2",
         flash_attention.flash_attention_2,
         flash_attention.why_not_2,
         flash_attention.TAKES,
+        note=NOT_RUN,
     ),
     Implementation(
         "attention",
@@ -218,9 +232,9 @@ IMPLEMENTATIONS = (
     ),
     Implementation("attention", "reference", attention.reference),
     Implementation("adamw_", "native", adamw.native, _needs_native("adamw_")),
-    Implementation("adamw_", "triton", triton.adamw_, triton.why_not),
+    Implementation("adamw_", "triton", triton.adamw_, triton.why_not, note=NOT_RUN_SO),
     Implementation("adamw_", "torch", adamw.fused_torch),
-    Implementation("adamw_", "apex", apex.adamw_, apex.why_not("amp_C")),
+    Implementation("adamw_", "apex", apex.adamw_, apex.why_not("amp_C"), note=NOT_RUN),
     Implementation("adamw_", "cuda", adamw.native, _needs_cuda("adamw_"), note=NOT_RUN),
     Implementation("adamw_", "reference", adamw.reference),
     Implementation("adamw_stochastic_", "native", adamw.stochastic_native, _needs_native("adamw_stochastic_")),
@@ -231,7 +245,7 @@ IMPLEMENTATIONS = (
     Implementation("adamw_stochastic_", "reference", adamw.stochastic_reference),
     Implementation("grad_norm", "native", grad_norm.native, _needs_native("grad_norm")),
     Implementation("grad_norm", "triton", triton.grad_norm, triton.why_not),
-    Implementation("grad_norm", "apex", apex.grad_norm, apex.why_not("amp_C")),
+    Implementation("grad_norm", "apex", apex.grad_norm, apex.why_not("amp_C"), note=NOT_RUN),
     Implementation("grad_norm", "cuda", grad_norm.native, _needs_cuda("grad_norm"), note=NOT_RUN),
     Implementation("grad_norm", "reference", grad_norm.reference),
 )
@@ -266,8 +280,8 @@ OPS = tuple(field.name for field in fields(Kernels) if field.name not in ("names
 
 
 class Row(NamedTuple):
-    """One line of `table`. `why` says of the chosen one what chose it, and of the others what they are behind; `takes`
-    which calls it takes, where not all."""
+    """One line of `table`. `why` says of the chosen one what chose it, of others that can run what they are behind, and
+    of all what a user should know; `takes` which calls it takes, where not all."""
 
     op: str
     implementation: str
@@ -319,7 +333,7 @@ def table(device: str, overrides: Mapping[str, str] | None = None, dtype: torch.
         used, why_not = chosen[row.op], row.why_not(kind)
         is_used = row is used.implementation
         why = used.why if is_used else "" if why_not else _BEHIND[used.origin].format(used.implementation.name)
-        why = "; ".join(part for part in (why, row.note) if part) if not why_not else why
+        why = "; ".join(part for part in (why, row.note) if part)
         rows.append(Row(row.op, row.name, not why_not, why_not, is_used, why, row.takes))
     return rows
 

@@ -11,6 +11,7 @@ Floor    memory: bytes / copy rate.
 Measured bf16 2048 x 2816, native: forward 1.7 ms (geglu 1.7), backward 2.0 (2.1); torch 3.4 (7.0) and 6.1 (9.5). The
          same bytes moved without arithmetic take 1.2 and 1.8 ms: what is between is the exponential and the division.
          AMD EPYC (Zen 4, AVX-512 bf16), two threads, memory kept, torch 2.13, minimum of 14, 2026-11-21.
+         CUDA C++: not yet run on a GPU.
 """
 
 from typing import Any

@@ -22,6 +22,7 @@ Bytes    one read of the logits; one read and one write of them in the gradient.
 Floor    memory: bytes / copy rate.
 Measured bf16 1024 x 50304, one shard: local 8.4 ms, gradient 10.1 ms; a copy of the logits 5.4 ms.
          AMD EPYC (Zen 4, AVX-512 bf16), two threads, torch 2.13, minimum of 8, 2026-11-21.
+         CUDA C++, and Triton in its present form: not yet run on a GPU.
 
 Nothing here is differentiable by autograd: the halves are what a tensor-parallel loss calls in its own forward and
 backward. No function communicates.

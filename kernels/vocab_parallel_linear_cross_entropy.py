@@ -20,6 +20,7 @@ Floor    products: 6 T H V/R / product rate.
 Measured bf16 T 2048, H 768, V 50304, one shard, all gradients: 1,404 ms, linear_cross_entropy 1,410 ms in the same run
          (medians 1,472 and 1,447); without gradients 436 and 436 ms. AMD EPYC (Zen 4, AVX-512 bf16), two threads,
          torch 2.13, minimum of 25, 2026-11-21.
+         Triton: not yet run on a GPU.
 
 A chunk's rows are taken in two parts whose statistics travel one after the other: while the first's do, the second's
 are found; while the second's do, the first's gradient is made. That hides milliseconds at no cost. To hide them behind

@@ -6,7 +6,8 @@ A call that theirs cannot take is an error that says why.
 cuDNN plans a graph for every new shape, in 0.5 to 1 s: shapes must not change from step to step. Its deterministic
 backward needs memory of the size of the scores. On an H200 it took 0.52 to 0.65 of FlashAttention's time forward and
 0.60 to 0.75 backward, of causal bf16 calls with heads of 64 and 128 (kernels_nvidia-h200_2026-11-20 in
-benchmarks/results), hence `cudnn_or_triton`, which is the default from sm_90 on.
+benchmarks/results), hence `cudnn_or_triton`, which is the default from sm_90 on. These were torch's
+functions by themselves: the rows have not yet run on a GPU.
 """
 
 import torch

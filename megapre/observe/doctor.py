@@ -188,9 +188,9 @@ def kernels(console: Console) -> None:
             rows = registry.table(device)
         for row in rows:
             op, last = ("" if row.op == last else f"  {row.op}"), row.op
-            note = f"not here ({reasons.setdefault(row.why_not, len(reasons) + 1)})" if row.why_not else row.why
-            if row.takes and not row.why_not:
-                note += f"; takes {row.takes}"
+            absent = f"not here ({reasons.setdefault(row.why_not, len(reasons) + 1)})" if row.why_not else ""
+            takes = f"takes {row.takes}" if row.takes and not row.why_not else ""
+            note = "; ".join(part for part in (absent, row.why, takes) if part)
             used, style = ("in use", "bold") if row.chosen else ("", "" if row.available else "dim")
             table.add_row(*(Text(cell) for cell in (op, row.implementation, used, note)), style=style)
         console.print(table)

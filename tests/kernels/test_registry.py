@@ -1,10 +1,13 @@
 """Choosing implementations, the table of them, cost, and what importing the package does not do."""
 
+import ast
 import copy
 import os
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +15,15 @@ from hypothesis import strategies as st
 
 from megapre import kernels
 from megapre.kernels.cost import ENTRIES, cost, pairs
+
+ROOT = Path(__file__).resolve().parents[2]
+# Where an op's header is, unless in a file of its name.
+FILES = {
+    "rope_": "rope.py",
+    "geglu": "swiglu.py",
+    "adamw_": "adamw.py",
+    "adamw_stochastic_": "adamw.py",
+}
 
 
 def python(code: str, **environment: str) -> str:
@@ -31,6 +43,22 @@ def test_the_table_names_every_implementation_once_and_chooses_one_an_op() -> No
     # A reference runs everywhere: no compiler and no GPU is needed for any op.
     references = {row.op for row in rows if row.implementation == "reference" and row.available}
     assert references == set(chosen)
+
+
+def test_what_has_not_run_on_a_gpu_says_so_in_the_table_and_in_its_header() -> None:
+    rows = kernels.registry.IMPLEMENTATIONS
+    whys = {(row.op, row.implementation): row.why for row in kernels.table("cpu")}
+    for row in rows:
+        own, others = ROOT / "kernels", row.function.__module__.startswith("megapre.kernels.third_party")
+        if row.name == "cuda" or others:
+            assert "not yet run on a GPU" in row.note, f"{row.op} {row.name}"
+        assert row.note in whys[row.op, row.name]
+        home = own / "third_party" / "__init__.py" if others else own / FILES.get(row.op, f"{row.op}.py")
+        if row.note:
+            header = ast.get_docstring(ast.parse(home.read_text())) or ""
+            assert re.search(r"(not yet run on a GPU|None of these rows has run on a GPU yet)", header), home
+    for path in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        assert "// Not yet run on a GPU; proven by tests/cuda/.\n" in path.read_text(), path
 
 
 def test_an_override_is_honoured_or_refused() -> None:
