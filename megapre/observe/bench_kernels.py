@@ -89,10 +89,10 @@ def run(request: Request, out: str | None = None, write_profile: bool = False) -
 
 
 def broken(row: Row) -> bool:
-    """Whether an implementation of ours failed or computed something else. One may refuse a call by a ValueError; a
-    launch policy that does not fit shows by itself."""
-    excused = row.peer or "policy" in row.provider or row.note.startswith(("skipped", "ValueError"))
-    return bool(row.note) and not excused
+    """Whether a kernel of ours, or what is in use, failed or computed something else. One may refuse a call by a
+    ValueError."""
+    ours = row.in_use or row.provider in ("native", "triton", "cuda")
+    return ours and bool(row.note) and not row.note.startswith(("skipped", "ValueError"))
 
 
 def show(device: str) -> int:

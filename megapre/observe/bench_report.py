@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
@@ -57,13 +58,13 @@ COLUMNS = {
         Column("peak MiB", 8, lambda row: f"{row.peak_mib:.0f}"),
     ),
 }
-WIDTH = {"cpu": 118, "cuda": 160}
+WIDTH = {"cpu": 118, "cuda": 180}
 
 
 def header(about: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
-    keys = ("threads", "level", "torch", "megapre", "commit")
+    keys = ("threads", "level", "torch", "megapre")
     software = [f"{key} {about[key]}" for key in keys if key in about]
     return Text.assemble(
         (f"{about['hardware']}", "bold"),
@@ -185,9 +186,14 @@ def as_json(report: Report) -> str:
         "about": report.about,
         "ceilings": report.ceilings,
         "goals": [{**asdict(of), "verdict": of.verdict} for of in report.held],
-        "rows": [asdict(row) for row in report.rows],
+        "rows": [_finite(asdict(row)) for row in report.rows],
     }
-    return json.dumps(content, indent=1) + "\n"
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """With None in place of an infinite error, which JSON does not know."""
+    return {name: None if value == math.inf else value for name, value in values.items()}
 
 
 def as_markdown(report: Report) -> str:

@@ -129,13 +129,29 @@ class Counted(Runner):
         super()._measure(case, rows, works, deadline)
 
 
-def test_providers_come_one_after_the_other_with_all_their_numbers(gpu: fake_cuda.Device) -> None:
+SIZES = {"T": 8, "B": 2, "S": 4, "H": 16, "N": 4, "K": 2, "D": 8, "F": 16, "V": 32, "P": 1000}
+
+
+@pytest.mark.parametrize(
+    ("op", "modes"),
+    [
+        ("gelu", {"forward", "backward", "full"}),
+        ("attention", {"forward", "backward", "full"}),
+        ("linear_cross_entropy", {"forward", "full"}),
+        ("rope_", {"step"}),
+        ("cross_entropy_", {"step"}),
+        ("vocab_parallel_cross_entropy_", {"step"}),
+        ("adamw_", {"step"}),
+    ],
+)
+def test_providers_come_one_after_the_other_with_all_their_numbers(
+    gpu: fake_cuda.Device, op: str, modes: set[str]
+) -> None:
     runner = Counted("cpu", repeats=7, cold=False)
     runner.timer = fake_cuda.timer(gpu)
-    rows = runner.case(cases.build("gelu", {"T": 8, "F": 16}, "bf16", "cpu"))
+    rows = runner.case(cases.build(op, {**SIZES, "sink": 1}, "bf16", "cpu"))
     runner.finish()
-    assert runner.most == 1 and len({row.provider for row in rows}) > 1
-    assert {row.mode for row in rows} == {"forward", "backward", "full"}
+    assert runner.most == 1 and {row.mode for row in rows} == modes
     for row in rows:
         assert row.repeats == 7 and row.note == row.graph_note == ""
         assert row.best_ms == row.p50_ms > 0 and row.wall_ms > 0 and row.peak_mib == 3 and 0 < row.error < 0.02
