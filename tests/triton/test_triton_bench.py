@@ -40,6 +40,6 @@ def test_every_launch_policy(op: str, device: str) -> None:
     for module, name, candidates in policies.POLICIES[op]:
         found = list(candidates(cases.complete(sizes)))
         assert len(found) > 1
-        for given in found[:: 1 if device == "cuda" else len(found) - 1]:
+        for given in (found[0], found[-1]):
             with policies.instead(module, name, given):
                 assert off(op, sizes, device) <= TOLERANCE[2], given
