@@ -40,7 +40,7 @@ def test_lengths(device: str, causal: bool, length: int) -> None:
     compare(inputs(2, length, length, 2, 1, 16, torch.float32, device), causal=causal)
 
 
-@pytest.mark.parametrize("head_dim", [8, 40, 64])
+@pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 96, 128, 256])
 def test_head_dims_and_groups(device: str, head_dim: int) -> None:
     compare(inputs(1, 50, 50, 6, 2, head_dim, torch.float32, device), scale=0.3)
 
