@@ -9,7 +9,8 @@ table's, only local memory and what does not compile count.
 
 What ptxas could not keep apart is an error too (C7510: products of warpgroups one after another; C7508: setmaxnreg
 ignored), and so is a kernel in whose machine code the instructions of INSTRUCTIONS are missing, where cuobjdump is
-found (CUDA's or Triton's).
+found (CUDA's or Triton's). So is a symbol of torch outside of its stable interface, which is in C: one binary is to serve
+every torch from 2.11 on.
 """
 
 import argparse
@@ -51,6 +52,7 @@ def measure(source: Path) -> dict[str, Row]:
         if lost := re.findall(r"\(C75\d\d\).*", done.stderr):
             raise RuntimeError("\n".join([f"{source.name}: ptxas did not do what is written:", *lost]))
         check_instructions(source.stem, Path(scratch) / "kernel.o")
+        check_symbols(source.stem, Path(scratch) / "kernel.o")
     return parse(done.stderr, source.stem)
 
 
@@ -67,6 +69,15 @@ def check_instructions(unit: str, compiled: Path) -> None:
         missing = [name for name in needed if not re.search(rf"\b{name}\b", kernel)]
         if missing:
             raise RuntimeError(f"{unit}: no {' and no '.join(missing)} in the code for sm_90a of {kernel.split()[0]}")
+
+
+def check_symbols(unit: str, compiled: Path) -> None:
+    """RuntimeError when `compiled` asks for functions of torch's C++, which change from release to release."""
+    nm = ["nm", "--undefined-only", "--demangle", "--just-symbols", compiled]
+    symbols = subprocess.run(nm, capture_output=True, text=True, check=True).stdout.splitlines()
+    unstable = [name for name in symbols if re.match(r"(typeinfo for |vtable for )?(at|c10|caffe2|torch)::", name)]
+    if unstable:
+        raise RuntimeError("\n".join([f"{unit}: not of torch's stable interface:", *unstable]))
 
 
 def parse(report: str, unit: str) -> dict[str, Row]:

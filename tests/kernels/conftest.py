@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from interpreted import INTERPRETED, compute_as_the_hardware
 from rule import poisoned
 
 from megapre import kernels
 from megapre.kernels.third_party import found
+
+if INTERPRETED:
+    compute_as_the_hardware()
 
 
 def pytest_configure(config: pytest.Config) -> None:

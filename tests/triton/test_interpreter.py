@@ -29,8 +29,7 @@ def test_the_tests_of_all_implementations_in_the_interpreter() -> None:
     """
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["HYPOTHESIS_PROFILE"] = "few"
-    here = Path(__file__).parent  # whose conftest.py makes the interpreter compute as the hardware
-    chosen = ["-k", "cpu-triton and not test_vocab_parallel_linear", str(here), str(here.with_name("kernels"))]
+    chosen = ["-k", "cpu-triton and not test_vocab_parallel_linear", str(Path(__file__).parent.with_name("kernels"))]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *chosen]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import INTERPRETED
+from interpreted import INTERPRETED
 from rule import twice
 from torch import Tensor
 
