@@ -9,8 +9,8 @@ table's, only local memory and what does not compile count.
 
 What ptxas could not keep apart is an error too (C7510: products of warpgroups one after another; C7508: setmaxnreg
 ignored), and so is a kernel in whose machine code the instructions of INSTRUCTIONS are missing, where cuobjdump is
-found (CUDA's or Triton's). So is a symbol of torch outside of its stable interface, which is in C: one binary is to serve
-every torch from 2.11 on.
+found (CUDA's or Triton's). So is a symbol of torch outside of its stable interface, which is in C: one binary is to
+serve every torch from 2.11 on.
 """
 
 import argparse
