@@ -7,6 +7,7 @@ both, each config.toml names its own, and a copy that was edited is noticed.
 from __future__ import annotations
 
 import hashlib
+import re
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,9 +43,11 @@ def difference(before: str, now: str) -> str:
         content, then = _content(before), read(before)
     except ScheduleError as error:
         return f"{before} -> {now} (the copy in the run folder cannot be compared: {error})"
-    named = Path(before).stem.removeprefix("schedule-")
-    if named != (found := _digest(content)):
-        return f"{before} -> {now} (the copy in the run folder was edited: sha256 {named} -> {found})"
+    copied = re.fullmatch(
+        r"schedule-([0-9a-f]{8})\.txt", Path(before).name
+    )  # a run of before there were copies has none
+    if copied and copied[1] != (found := _digest(content)):
+        return f"{before} -> {now} (the copy in the run folder was edited: sha256 {copied[1]} -> {found})"
     table = read(now)
     if (then.chunks, then.placement, then.programs) == (table.chunks, table.placement, table.programs):
         return ""

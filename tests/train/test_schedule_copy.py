@@ -95,6 +95,17 @@ def test_a_copy_that_is_gone_and_a_schedule_with_a_name_are_told(tiny: Tiny, min
     assert f"{copies(run)[0]} -> 1f1b" in said(run)
 
 
+def test_a_run_of_before_there_were_copies_goes_on(tiny: Tiny, mine: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert loop.run(tiny("layout.schedule=mine.txt", *MICRO)) == 0
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace(copies(run)[0], "mine.txt"))
+    (run / copies(run)[0]).unlink()
+    assert loop.run(tiny("layout.schedule=mine.txt", *MICRO, "run.steps=4"), resume=True) == 0
+    assert "run.steps 3 -> 4" in said(run) and "layout.schedule" not in said(run)
+    assert len(copies(run)) == 1
+
+
 def test_ranks_go_on_by_the_copy(run_on: RunOn, tiny: Tiny, mine: Path, tmp_path: Path) -> None:
     table = build("gpipe", ranks=2, chunks=1, micro_batches=4)
     write(table, mine)
