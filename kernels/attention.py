@@ -28,7 +28,7 @@ Measured bf16 B 2, S 1024, N = K = 12, D 64, causal, forward and backward in ms:
          Four documents a row: native 7.6 and 16, cut apart for SDPA 25 and 60, SDPA with a dense mask 46 and 86. A
          window of 256: native 6.8 and 15, SDPA with a dense mask 46 and 88.
          AMD EPYC (Zen 4, AVX-512 bf16), two threads, torch 2.13, minimum of 25, 2026-11-21.
-         CUDA C++: not yet run on a GPU.
+         CUDA C++, and Triton in its present form: not yet run on a GPU.
 """
 
 import math
@@ -123,7 +123,9 @@ def native(
     few = q_BSND.shape[1] < min(8, k_BSKD.shape[1]) and q_BSND.shape[3] <= 256
     if few and q_BSND.dtype == torch.float32 and cu_seqlens is None and not return_lse:
         return sdpa(q_BSND, k_BSKD, v_BSKD, causal, None, window, scale)
-    return _registered(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale, return_lse)
+    settings = (causal, cu_seqlens, window, _scale(q_BSND) if scale is None else scale)
+    o, lse = torch.ops.megapre.attention(q_BSND, k_BSKD, v_BSKD, *settings)
+    return (o, lse) if return_lse else o
 
 
 def cuda(
@@ -138,21 +140,8 @@ def cuda(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Through `megapre::attention` in CUDA C++. As `reference`; ValueError for what TAKES_CUDA leaves out."""
     check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
-    return _registered(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale, return_lse)
-
-
-def _registered(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    window: int | None,
-    scale: float | None,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    scale = _scale(q) if scale is None else scale
-    o, lse = torch.ops.megapre.attention(q, k, v, causal, cu_seqlens, window, scale)
+    settings = (causal, cu_seqlens, window, _scale(q_BSND) if scale is None else scale)
+    o, lse = torch.ops.megapre.attention(q_BSND, k_BSKD, v_BSKD, *settings)
     return (o, lse) if return_lse else o
 
 

@@ -197,9 +197,10 @@ IMPLEMENTATIONS = (
         triton.attention_by_mask,
         triton.why_not,
         serves="dense: sdpa; documents, windows, lse: triton",
+        note=NOT_RUN_SO,
     ),
     Implementation("attention", "sdpa", attention.sdpa),
-    Implementation("attention", "triton", triton.attention, triton.why_not),
+    Implementation("attention", "triton", triton.attention, triton.why_not, note=NOT_RUN_SO),
     Implementation(
         "attention", "cudnn", torch_sdpa.cudnn, torch_sdpa.why_not_cudnn, torch_sdpa.TAKES_CUDNN, note=NOT_RUN_AS_ROW
     ),

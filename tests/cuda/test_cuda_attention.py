@@ -56,20 +56,6 @@ def test_errors_have_numbers(emulator: emulated.Emulator) -> None:
             ops.attention(odd, odd, odd, *plain)
     with pytest.raises(ValueError, match=r"scale is -1; the CUDA kernels need scale > 0"):
         ops.attention(q, q, q, True, None, None, -1.0)
-    with pytest.raises(ValueError, match=r"need q \[B, Sq, N, D\]"):
-        ops.attention(q[0], q, q, *plain)
-    with pytest.raises(ValueError, match="4 query heads are no multiple of 3 key heads"):
-        ops.attention(q, q[:, :, :3], q[:, :, :3], *plain)
-    with pytest.raises(ValueError, match="batch and head dim must agree"):
-        ops.attention(q, q[:1], q[:1], *plain)
-    with pytest.raises(ValueError, match="4 queries but only 3 keys"):
-        ops.attention(q, q[:, :3], q[:, :3], *plain)
-    with pytest.raises(ValueError, match="window is 0"):
-        ops.attention(q, q, q, True, None, 0, 1.0)
-    with pytest.raises(ValueError, match=r"cu_seqlens is Float \[2\]"):
-        ops.attention(q, q, q, True, torch.tensor([0.0, 8.0]), None, 1.0)
-    with pytest.raises(ValueError, match=r"need Sq = Sk; they are 3 and 4"):
-        ops.attention(q[:, :3], q, q, True, torch.tensor([0, 8], dtype=torch.int32), None, 1.0)
     with pytest.raises(ValueError, match=r"lse is Float \[2, 4, 3\]; Float \[2, 4, 4\] is needed"):
         ops.attention_backward_(q, q, q, q, None, q, q, q, q, lse[..., :3], *plain)
     turned = torch.zeros(2, 4, 8, 4, dtype=torch.bfloat16).mT

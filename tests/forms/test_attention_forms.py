@@ -141,3 +141,24 @@ def test_empty(form: Form, dtype: torch.dtype) -> None:
         assert (o.shape, dq.shape, dk.shape, dv.shape) == (shape, shape, k.shape, k.shape)
         assert lse.shape == (shape[0], shape[2], shape[1])
         assert same([dk, dv], [k, k])
+
+
+SHAPES = {"q": (2, 4, 4, 8), "k": (2, 4, 4, 8), "v": (2, 4, 4, 8)}
+IMPOSSIBLE: list[tuple[dict[str, tuple[int, ...]], tuple[object, ...], str]] = [
+    ({"q": (4, 4, 8)}, (None, None), r"need q \[B, Sq, N, D\]"),
+    ({"k": (2, 4, 3, 8), "v": (2, 4, 3, 8)}, (None, None), "4 query heads are no multiple of 3 key heads"),
+    ({"k": (1, 4, 4, 8), "v": (1, 4, 4, 8)}, (None, None), "batch and head dim must agree"),
+    ({"k": (2, 3, 4, 8), "v": (2, 3, 4, 8)}, (None, None), "4 queries but only 3 keys"),
+    ({}, (None, 0), "window is 0"),
+    ({}, (torch.tensor([0.0, 8.0]), None), "cu_seqlens is Float"),
+    ({"q": (2, 3, 4, 8)}, (torch.tensor([0, 8], dtype=torch.int32), None), "need Sq = Sk; they are 3 and 4"),
+]
+
+
+@pytest.mark.parametrize(("change", "documents_and_window", "words"), IMPOSSIBLE)
+def test_impossible_requests_are_named(
+    form: Form, change: dict[str, tuple[int, ...]], documents_and_window: tuple[object, ...], words: str
+) -> None:
+    tensors = [torch.zeros(shape, dtype=torch.bfloat16) for shape in (SHAPES | change).values()]
+    with pytest.raises(ValueError, match=words):
+        form.ops.attention(*tensors, True, *documents_and_window, 1.0)

@@ -89,23 +89,9 @@ def test_errors_have_numbers(ops: Any) -> None:
         ops.attention(q, q.bfloat16(), q, *plain)
     with pytest.raises(ValueError, match=r"head dim 257; native attention takes 1 to 256, sdpa and reference take any"):
         ops.attention(*[torch.zeros(1, 1, 1, 257)] * 3, *plain)
-    with pytest.raises(ValueError, match=r"need q \[B, Sq, N, D\]"):
-        ops.attention(q[0], q, q, *plain)
-    with pytest.raises(ValueError, match="4 query heads are no multiple of 3 key heads"):
-        ops.attention(q, q[:, :, :3], q[:, :, :3], *plain)
-    with pytest.raises(ValueError, match="batch and head dim must agree"):
-        ops.attention(q, q[:1], q[:1], *plain)
-    with pytest.raises(ValueError, match="4 queries but only 3 keys"):
-        ops.attention(q, q[:, :3], q[:, :3], *plain)
-    with pytest.raises(ValueError, match="window is 0"):
-        ops.attention(q, q, q, True, None, 0, 1.0)
     for cuts in ([0, 4], [1, 8], [0, 5, 4, 8], [0], []):
         with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to B\*S = 8"):
             ops.attention(q, q, q, True, torch.tensor(cuts, dtype=torch.int32), None, 1.0)
-    with pytest.raises(ValueError, match=r"cu_seqlens is Float"):
-        ops.attention(q, q, q, True, torch.tensor([0.0, 8.0]), None, 1.0)
-    with pytest.raises(ValueError, match=r"need Sq = Sk; they are 3 and 4"):
-        ops.attention(q[:, :3], q, q, True, torch.tensor([0, 8], dtype=torch.int32), None, 1.0)
     with pytest.raises(ValueError, match=r"do is .*\[2, 4, 4, 7\] but q is .*\[2, 4, 4, 8\]"):
         ops.attention_backward(q[..., :7], None, q, q, q, q, lse, *plain)
     with pytest.raises(ValueError, match=r"lse is Float \[2, 4, 3\]; fp32 \[2, 4, 4\] is needed"):
