@@ -5,7 +5,8 @@
 // has one mbarrier that says it is full and one that says it is free. A head dim that is none of 64, 128 and 256 has the
 // next of them: what is past its end is read as zero and not written.
 //
-// Compiled for sm_90a alone: elsewhere these kernels are empty, and attention.cu never calls them.
+// Compiled for sm_90a alone, and called by attention.cu for it alone: elsewhere these kernels end at once with an error, and
+// so does a library on an sm_90 that was built without code for sm_90a.
 #pragma once
 
 #include <device/mbarrier.h>

@@ -159,6 +159,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_key_gradients_sm90_kern
     store_tile<T, D>(dk_sums, scale, own_keys, kRows, dk, 1 + warpgroup, first + row, place.head, place.batch);
     store_tile<T, D>(dv_sums, one, own_values, kRows, dv, 1 + warpgroup, first + row, place.head, place.batch);
   }
+#else
+  __trap();
 #endif
 }
 
@@ -253,6 +255,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_query_gradient_sm90_ker
     barrier_wait(1 + warpgroup, kWarpgroup);  // all of its warps have read its queries
     store_tile<T, D>(dq_sums, scale, own_queries, kRows, dq, 1 + warpgroup, first + row, place.head, place.batch);
   }
+#else
+  __trap();
 #endif
 }
 

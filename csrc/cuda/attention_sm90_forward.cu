@@ -3,9 +3,9 @@
 //     s_ij = scale q_i . k_j;   o_i = sum_j softmax_j(s_ij) v_j;   lse_i = log sum_j exp(s_ij)
 //
 // A block owns 128 queries of one head (192 with head dims up to 64), a warpgroup 64 of them. Q stays in shared memory; tiles
-// of keys and values come from the last that is seen to the first. While the exponentials of one tile are computed, its
-// successor's scores and its predecessor's product with V run on the tensor cores; and with head dims up to 128 the
-// warpgroups take turns, so that one computes exponentials while the products of the other run.
+// of keys and values come from the last that is seen to the first. While the exponentials of one tile are computed, the
+// product of the tile before with V runs on the tensor cores; and with head dims up to 128 the warpgroups take turns, so that
+// one computes exponentials while the products of the other run.
 //
 // FLOPs      4 D per (query, visible key, head), on tiles of 128 by 128 (192 by 128; 128 by 64 with D 256).
 // Registers  of the 240 of a computing thread (160 of the three with D 64): sums D / 2, scores 64 (32 with D 256), P half.
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(ForwardTiles<D>::kThreads, 1) attention_forwar
       barrier_arrive(1, 2 * kWarpgroup);  // the first turn is the first warpgroup's
     }
     mbarrier_wait(&barriers.queries, 0);
-    {
+    if (count > 0) {  // 0 where documents are not as promised (attention_documents.h)
       float s[kColumns / 2];
       start_scores(s, 0);
       warpgroup_wait<0>();
@@ -193,9 +193,11 @@ __global__ void __launch_bounds__(ForwardTiles<D>::kThreads, 1) attention_forwar
       }
       as_operand<T>(p, s);
     }
-    start_sums(count - 1);
-    warpgroup_wait<0>();
-    settle(o_sums);
+    if (count > 0) {
+      start_sums(count - 1);
+      warpgroup_wait<0>();
+      settle(o_sums);
+    }
 
     softmax.finish();
     float factor[2];
@@ -211,6 +213,8 @@ __global__ void __launch_bounds__(ForwardTiles<D>::kThreads, 1) attention_forwar
     barrier_wait(barrier, kWarpgroup);  // all of its warps have read Q
     store_tile<T, D>(o_sums, factor, own, kRows, o, barrier, first + row, place.head, place.batch);
   }
+#else
+  __trap();
 #endif
 }
 

@@ -42,6 +42,16 @@ def test_any_order_of_warps_gives_the_same_bits(emulator: emulated.Emulator, cap
         assert same(attend(emulator, *tensors, do, None, True, cu_seqlens, None, 0.2), expected)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_documents_that_start_nowhere_end(emulator: emulated.Emulator, capability: int) -> None:
+    """Queries that see nothing, which `cu_seqlens` must not make, get something; nothing is waited for, or read outside."""
+    emulator.device(capability=capability)
+    q, k, v = (emulator.guarded(t) for t in qkv(1, 300, 300, 1, 1, 64, torch.bfloat16))
+    settings = (True, torch.tensor([280, 281], dtype=torch.int32), None, 0.2)
+    o, _, dq, *_ = attend(emulator, q, k, v, q, None, *settings)
+    assert same([o[:, 280], dq[:, 280]], [v[:, 280], torch.zeros_like(dq[:, 280])])
+
+
 def test_errors_have_numbers(emulator: emulated.Emulator) -> None:
     ops = emulator.ops
     q = torch.zeros(2, 4, 4, 8, dtype=torch.bfloat16)
