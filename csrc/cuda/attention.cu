@@ -133,10 +133,7 @@ AttentionKernels choose_attention(const char* name, int capability, const Attent
       " KiB; 98 are needed up to 96, 130 up to 128, 161 above); choose `triton` or `sdpa`");
   AttentionKernels chosen{attention_forward_sm80, attention_backward_sm80};
   if (capability == 90 && op.dim > 32) {  // code for sm_90a runs nowhere else, and fills smaller heads up to 64
-    chosen.forward = attention_forward_sm90;
-    if (op.dim <= 128) {  // dK and dV of larger heads do not fit in the registers of one warpgroup
-      chosen.backward = attention_backward_sm90;
-    }
+    chosen = {attention_forward_sm90, attention_backward_sm90};
   }
   return chosen;
 }

@@ -133,7 +133,7 @@ struct BlockPlace {
 // The kernels for sm_80 and up. The backward is given dlse, the gradient of lse, null for none.
 void attention_forward_sm80(const Attention& op, cudaStream_t stream);
 void attention_backward_sm80(const Attention& op, const float* dlse, cudaStream_t stream);
-// For sm_90a alone (attention_sm90.h); the backward for head dims up to 128.
+// For sm_90a alone (attention_sm90.h).
 void attention_forward_sm90(const Attention& op, cudaStream_t stream);
 void attention_backward_sm90(const Attention& op, const float* dlse, cudaStream_t stream);
 // op.statistics, for both backwards.

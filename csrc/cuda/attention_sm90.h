@@ -1,8 +1,8 @@
 // What the kernels of attention for sm_90a share: warpgroups that fetch or compute, tiles in panels, their products.
 //
 // A block has one warpgroup that fetches (one thread of it starts copies of the TMA unit) and two or three that compute, 64
-// rows of the block's tile each, on registers that the first has given up. Tiles go around in rings of two stages; a stage
-// has one mbarrier that says it is full and one that says it is free. A head dim that is none of 64, 128 and 256 has the
+// rows of the block's tile each, on registers that the first has given up. Tiles go around in rings of stages; a stage has
+// one mbarrier that says it is full and one that says it is free. A head dim that is none of 64, 128 and 256 has the
 // next of them: what is past its end is read as zero and not written.
 //
 // Compiled for sm_90a alone, and called by attention.cu for it alone: elsewhere these kernels end at once with an error, and
@@ -27,7 +27,7 @@
 
 namespace megapre::cuda {
 
-inline constexpr int kWarpgroup = 128, kStages = 2;
+inline constexpr int kWarpgroup = 128;
 
 // Bytes of a tile of `rows` rows, which is D / 64 panels one behind the other.
 template <int D>
@@ -35,23 +35,24 @@ constexpr int tile_bytes(int rows) {
   return rows * D * 2;
 }
 
+template <int STAGES>
 struct StageBarriers {
-  Mbarrier full[kStages], empty[kStages];
+  Mbarrier full[STAGES], empty[STAGES];
 
   __device__ __forceinline__ void init(int consumer_warps) {
 #pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) {
+    for (int stage = 0; stage < STAGES; ++stage) {
       mbarrier_init(&full[stage], 1);
       mbarrier_init(&empty[stage], consumer_warps);
     }
   }
 
   // For tile i of the walk: until it is there; that this warp has read it; until its place is free.
-  __device__ __forceinline__ void wait_full(int i) { mbarrier_wait(&full[i % kStages], i / kStages & 1); }
-  __device__ __forceinline__ void wait_empty(int i) { mbarrier_wait(&empty[i % kStages], (i / kStages & 1) ^ 1); }
+  __device__ __forceinline__ void wait_full(int i) { mbarrier_wait(&full[i % STAGES], i / STAGES & 1); }
+  __device__ __forceinline__ void wait_empty(int i) { mbarrier_wait(&empty[i % STAGES], (i / STAGES & 1) ^ 1); }
   __device__ __forceinline__ void release(int i) {
     if (threadIdx.x % 32 == 0) {
-      mbarrier_arrive(&empty[i % kStages]);
+      mbarrier_arrive(&empty[i % STAGES]);
     }
   }
 };
@@ -81,11 +82,14 @@ template <typename T, int D, int COUNT>
 __device__ __forceinline__ void multiply_rows(
     float (&s)[COUNT], const unsigned char* a, int a_rows, const unsigned char* b) {
   constexpr int kRowsOfB = 2 * COUNT;
+  Panel of_a = k_panel(a), of_b = k_panel(b);
+  if constexpr (D > 128) {  // 32 places are too many for the registers
+    of_a = not_kept(of_a), of_b = not_kept(of_b);
+  }
 #pragma unroll
   for (int k = 0; k < D; k += 16) {
     wgmma<T, false>(
-        s, k_panel(a + k / 64 * a_rows * kPanelRow) + k % 64 * 2, k_panel(b + k / 64 * kRowsOfB * kPanelRow) + k % 64 * 2,
-        k > 0);
+        s, of_a + (k / 64 * a_rows * kPanelRow + k % 64 * 2), of_b + (k / 64 * kRowsOfB * kPanelRow + k % 64 * 2), k > 0);
   }
 }
 
@@ -96,6 +100,24 @@ __device__ __forceinline__ void add_product(float (&o)[COUNT], const uint32_t (&
   for (int i = 0; i < STEPS; ++i) {
     wgmma<T, true>(o, p[i], mn_panel(b, 16 * STEPS * kPanelRow) + i * 2 * kPanelGroup, true);
   }
+}
+
+// Both as a group of products of their own.
+template <typename T, int D, int COUNT>
+__device__ __forceinline__ void start_scores(
+    float (&s)[COUNT], const unsigned char* a, int a_rows, const unsigned char* b) {
+  renew(s);
+  warpgroup_arrive();
+  multiply_rows<T, D>(s, a, a_rows, b);
+  warpgroup_commit();
+}
+
+template <typename T, int COUNT, int STEPS>
+__device__ __forceinline__ void start_sums(
+    float (&o)[COUNT], const uint32_t (&p)[STEPS][4], const unsigned char* b) {
+  warpgroup_arrive();
+  add_product<T>(o, p, b);
+  warpgroup_commit();
 }
 
 // Sums, rounded, as the operand of the next product.

@@ -24,14 +24,16 @@ template <int D>
 struct ForwardTiles {
   static constexpr int kWarpgroups = D == 64 ? 3 : 2, kRows = 64 * kWarpgroups, kColumns = D == 256 ? 64 : 128;
   static constexpr int kThreads = kWarpgroup * (kWarpgroups + 1), kRegisters = kWarpgroups == 3 ? 160 : 240;
+  static constexpr int kStages = 2;
   static constexpr bool kTurns = D <= 128;
   static constexpr int kTile = tile_bytes<D>(kColumns), kKeys = tile_bytes<D>(kRows), kValues = kKeys + kStages * kTile;
   static constexpr int kBarriers = kValues + kStages * kTile, kShared = kBarriers + 1024;
 };
 
+template <int STAGES>
 struct ForwardBarriers {
   Mbarrier queries;
-  StageBarriers keys, values;
+  StageBarriers<STAGES> keys, values;
 };
 
 // The maximum and the sum of exponentials of the thread's two rows, the sum over its own columns alone until the end.
@@ -81,8 +83,9 @@ __global__ void __launch_bounds__(ForwardTiles<D>::kThreads, 1) attention_forwar
 #ifdef MEGAPRE_SM90A
   using Tiles = ForwardTiles<D>;
   constexpr int kRows = Tiles::kRows, kColumns = Tiles::kColumns, kWarpgroups = Tiles::kWarpgroups;
+  constexpr int kStages = Tiles::kStages;
   unsigned char* const queries = dynamic_shared();
-  auto& barriers = *reinterpret_cast<ForwardBarriers*>(queries + Tiles::kBarriers);
+  auto& barriers = *reinterpret_cast<ForwardBarriers<kStages>*>(queries + Tiles::kBarriers);
   const auto keys = [&](int i) { return queries + Tiles::kKeys + i % kStages * Tiles::kTile; };
   const auto values = [&](int i) { return queries + Tiles::kValues + i % kStages * Tiles::kTile; };
 
@@ -106,7 +109,7 @@ __global__ void __launch_bounds__(ForwardTiles<D>::kThreads, 1) attention_forwar
     fewer_registers<24>();
     if (threadIdx.x == 0) {
       const int key_head = place.head / op.group;
-      const auto fetch = [&](StageBarriers& stages, const TensorMap& from, unsigned char* to, int i) {
+      const auto fetch = [&](StageBarriers<kStages>& stages, const TensorMap& from, unsigned char* to, int i) {
         Mbarrier* const full = &stages.full[i % kStages];
         stages.wait_empty(i);
         mbarrier_expect(full, Tiles::kTile);
@@ -143,17 +146,13 @@ __global__ void __launch_bounds__(ForwardTiles<D>::kThreads, 1) attention_forwar
       }
       softmax.add(s, shrink, scale_log2);
     };
-    const auto start_scores = [&](float (&s)[kColumns / 2], int i) {
+    const auto multiply_keys = [&](float (&s)[kColumns / 2], int i) {
       barriers.keys.wait_full(i);
-      warpgroup_arrive();
-      multiply_rows<T, D>(s, own, kRows, keys(i));
-      warpgroup_commit();
+      start_scores<T, D>(s, own, kRows, keys(i));
     };
-    const auto start_sums = [&](int i) {
+    const auto add_values = [&](int i) {
       barriers.values.wait_full(i);
-      warpgroup_arrive();
-      add_product<T>(o_sums, p, values(i));
-      warpgroup_commit();
+      start_sums<T>(o_sums, p, values(i));
     };
 
     if (Tiles::kTurns && warpgroup == kWarpgroups - 1) {
@@ -162,7 +161,7 @@ __global__ void __launch_bounds__(ForwardTiles<D>::kThreads, 1) attention_forwar
     mbarrier_wait(&barriers.queries, 0);
     if (count > 0) {  // 0 where documents are not as promised (attention_documents.h)
       float s[kColumns / 2];
-      start_scores(s, 0);
+      multiply_keys(s, 0);
       warpgroup_wait<0>();
       settle(s);
       barriers.keys.release(0);
@@ -174,8 +173,8 @@ __global__ void __launch_bounds__(ForwardTiles<D>::kThreads, 1) attention_forwar
       if constexpr (Tiles::kTurns) {
         barrier_wait(turn, 2 * kWarpgroup);
       }
-      start_scores(s, i);
-      start_sums(i - 1);
+      multiply_keys(s, i);
+      add_values(i - 1);
       if constexpr (Tiles::kTurns) {
         barrier_arrive(next_turn, 2 * kWarpgroup);
       }
@@ -194,7 +193,7 @@ __global__ void __launch_bounds__(ForwardTiles<D>::kThreads, 1) attention_forwar
       as_operand<T>(p, s);
     }
     if (count > 0) {
-      start_sums(count - 1);
+      add_values(count - 1);
       warpgroup_wait<0>();
       settle(o_sums);
     }

@@ -26,8 +26,8 @@ MUTATIONS = {
     ),
     "a stage waits for the other phase": (
         "attention_sm90.h",
-        "(i / kStages & 1) ^ 1",
-        "i / kStages & 1",
+        "(i / STAGES & 1) ^ 1",
+        "i / STAGES & 1",
         "threads wait for each other for ever: .* wait at an mbarrier",
     ),
     "the result is stored unswizzled": ("attention_sm90.h", "(chunk ^ at % 8) * 16", "chunk * 16", ""),

@@ -55,6 +55,22 @@ __device__ __forceinline__ void settle(float (&d)[COUNT]) {
   }
 }
 
+// Forgets what sums hold, before a product that does not add to them: else ptxas takes the last writes of other instructions
+// for the start of these sums, and lets all products under way end first.
+template <int COUNT>
+__device__ __forceinline__ void renew(float (&d)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    asm volatile("" : "=f"(d[i]));
+  }
+}
+
+// The same panel, which the compiler takes for another: what is added to it is not computed ahead of a loop and kept.
+__device__ __forceinline__ Panel not_kept(Panel p) {
+  asm volatile("" : "+l"(p.bits));
+  return p;
+}
+
 // Keeps a wait for products behind the computation of x, which is never negative: ptxas moves waits up and what should run
 // beside the products down, but not across a barrier of the warp whose mask it does not know.
 __device__ __forceinline__ void computed(float x) {
