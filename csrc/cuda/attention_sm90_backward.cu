@@ -2,14 +2,30 @@
 // the TMA unit; no atomics, the same bits on every run. The arithmetic is that of attention_backward.cu, which also makes
 // the statistics of queries that both kernels read.
 //
-// A block owns 128 keys of one key head, or 128 queries of one head, and walks what sees them or what they see. Scores lie
-// in registers with the block's own rows as rows, so that P and dS are operands as they are and never pass through shared
-// memory. The next tile's scores are started before the last products of this one are waited for.
+// A block owns a tile of keys of one key head, or of queries of one head, and walks what sees them or what they see, in
+// steps. Scores lie in registers with the block's own rows as rows, so that P and dS are operands as they are. A step is
+//     scores and dO V^T started;  P while the second runs;  P^T dO started;  dS while it runs;  dS^T Q, or dS K, started
+// and the next step's scores are started before that last product is waited for.
 //
-// FLOPs      14 D per (query, visible key, head): 7 products where a kernel with atomics has 5.
-// Registers  of the 240 of a computing thread: D sums for dK and dV or D / 2 for dQ; scores and dP 32 each for dK and dV, 64
-//            for dQ; P and dS half of that. Head dims above 128 have no room for both dK and dV: attention_backward.cu.
-// Shared     130 KB for dK and dV with D 128 (66 KB with D 64), 195 KB for dQ (99 KB). One block a multiprocessor.
+// Cycles of a multiprocessor for a step, at 2048 multiply-adds, 16 exponentials and 128 bytes of shared memory a cycle, and
+// slots in which one of its four schedulers issues (machine code of nvcc 13.0, tiles that need no mask); not measured:
+//     dK, dV      tile        tensor cores   exponentials   shared memory   issue
+//     D 64        128 x 64    1024           512            1024            660
+//     D 128       128 x 64    2048           512            1792            700
+//     D 256        64 x 64    2048           256            1920            600
+//     dQ, D 64    128 x 128   1536           1024           1024            760
+//     D 128       128 x 128   3072           1024           2048            850
+//     D 256       128 x 64    3072           512            2560            780
+// So the tensor cores are what takes longest, and two warpgroups that do not wait for each other keep them busy: one has
+// products under way whenever the other computes. The forward's turns would only add waits, since exponentials are a quarter
+// to a half of the products here, not half to all of them.
+//
+// FLOPs      14 D per (query, visible key, head): 7 products where a kernel with atomics has 5, so at best 5/7 of its speed.
+//            The two more are what it costs that dQ is summed in one place, in one order, without 4 bytes of traffic to L2
+//            for each of its elements and tile of keys.
+// Registers  of the 240 of a computing thread: sums D for dK and dV, D / 2 above 128 and for dQ; scores and dP 32 each, 64
+//            for dQ up to 128; P and dS half of that.
+// Shared     dK and dV 99, 195 and 210 KB with D 64, 128 and 256; dQ 97, 193 and 225 KB. One block a multiprocessor.
 //
 // Not yet run on a GPU; proven by tests/cuda/.
 

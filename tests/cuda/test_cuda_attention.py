@@ -20,7 +20,7 @@ def test_every_head_dim(emulator: emulated.Emulator, dtype: torch.dtype, capabil
     obeys(guarded(emulator), *qkv(1, 134, 140, 2, 1, dim, dtype), cu_seqlens=None, window=100)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 136])
 @pytest.mark.parametrize("documents", [False, True])
 def test_stages_of_sm90_go_around(emulator: emulated.Emulator, dim: int, documents: bool) -> None:
     """Five tiles of keys, ten of queries and two heads a group: every barrier is in its third phase at least."""
@@ -44,7 +44,7 @@ def test_any_order_of_warps_gives_the_same_bits(emulator: emulated.Emulator, cap
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_documents_that_start_nowhere_end(emulator: emulated.Emulator, capability: int) -> None:
-    """Queries that see nothing, which `cu_seqlens` must not make, get something; nothing is waited for, or read outside."""
+    """Queries that see nothing, as `cu_seqlens` must not make them, get something, and nothing is read outside."""
     emulator.device(capability=capability)
     q, k, v = (emulator.guarded(t) for t in qkv(1, 300, 300, 1, 1, 64, torch.bfloat16))
     settings = (True, torch.tensor([280, 281], dtype=torch.int32), None, 0.2)

@@ -19,7 +19,7 @@ LENGTHS = {
 # With the capability: CUDA has kernels for sm_80 and, for larger heads, sm_90a. test_cuda_attention.py has all dims.
 HEAD_DIMS = {
     "cpu": st.tuples(st.just(0), st.sampled_from([1, 7, 8, 16, 31, 32, 40, 64, 96, 128, 129, 256])),
-    "cuda": st.sampled_from([(80, 8), (80, 32), (80, 40), (80, 64), (90, 40), (90, 64), (90, 128)]),
+    "cuda": st.sampled_from([(80, 8), (80, 32), (80, 40), (80, 64), (90, 40), (90, 64), (90, 128), (90, 136)]),
 }
 SCALES = {"cpu": st.sampled_from([None, 0.3, 0.0, -0.1]), "cuda": st.sampled_from([None, 0.3])}
 EXAMPLES = {"cpu": 100, "cuda": 30}  # an emulated one takes a third of a second

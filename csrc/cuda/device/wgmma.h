@@ -10,7 +10,9 @@
 // Shared memory holds panels (panel.h). Elements along a row are the summed ones, or else the rows are (B TRANSPOSED).
 //
 //   warpgroup_arrive(); wgmma(...); wgmma(...); warpgroup_commit(); ... warpgroup_wait<0>(); settle(d);
-// Between a product and the wait neither its registers nor what it reads may be touched.
+// Between a product and the wait neither its registers nor what it reads may be touched. Where products run on over the end
+// of a loop, ptxas knows what is finished only after a wait for all of them; a wait for some it believes when they were
+// started since. Else it lets all products wait for each other, and says so (C7510 to C7519).
 #pragma once
 
 #include <cuda_runtime.h>
