@@ -10,6 +10,7 @@
 #pragma once
 
 #include <device/mbarrier.h>
+#include <device/mma.h>
 #include <device/shared.h>
 #include <device/tma.h>
 #include <device/warpgroup.h>
@@ -93,6 +94,18 @@ __device__ __forceinline__ void multiply_rows(
   }
 }
 
+// A warpgroup's 64 rows of panels of `rows` rows as operands A, 16 columns each.
+template <int STEPS>
+__device__ __forceinline__ void load_operands(uint32_t (&a)[STEPS][4], const unsigned char* from, int rows) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int row = static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16 + lane % 16;
+#pragma unroll
+  for (int i = 0; i < STEPS; ++i) {
+    const int chunk = i % 4 * 2 + lane / 16;
+    load_matrices(a[i], from + i / 4 * rows * kPanelRow + row * kPanelRow + (chunk ^ row % 8) * 16);
+  }
+}
+
 // o += P B with P in registers, 16 columns a step, and as many rows of B.
 template <typename T, int COUNT, int STEPS>
 __device__ __forceinline__ void add_product(float (&o)[COUNT], const uint32_t (&p)[STEPS][4], const unsigned char* b) {
@@ -102,13 +115,26 @@ __device__ __forceinline__ void add_product(float (&o)[COUNT], const uint32_t (&
   }
 }
 
-// Both as a group of products of their own.
+// Each as a group of products of its own.
 template <typename T, int D, int COUNT>
 __device__ __forceinline__ void start_scores(
     float (&s)[COUNT], const unsigned char* a, int a_rows, const unsigned char* b) {
   renew(s);
   warpgroup_arrive();
   multiply_rows<T, D>(s, a, a_rows, b);
+  warpgroup_commit();
+}
+
+// With A in registers.
+template <typename T, int COUNT, int STEPS>
+__device__ __forceinline__ void start_scores(
+    float (&s)[COUNT], const uint32_t (&a)[STEPS][4], const unsigned char* b) {
+  renew(s);
+  warpgroup_arrive();
+#pragma unroll
+  for (int i = 0; i < STEPS; ++i) {
+    wgmma<T, false>(s, a[i], k_panel(b + i / 4 * 2 * COUNT * kPanelRow) + i % 4 * 32, i > 0);
+  }
   warpgroup_commit();
 }
 

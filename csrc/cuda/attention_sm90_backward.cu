@@ -10,7 +10,7 @@
 // Cycles of a multiprocessor for a step, at 2048 multiply-adds, 16 exponentials and 128 bytes of shared memory a cycle, and
 // slots in which one of its four schedulers issues (machine code of nvcc 13.0, tiles that need no mask); not measured:
 //     dK, dV      tile        tensor cores   exponentials   shared memory   issue
-//     D 64        128 x 64    1024           512            1024            660
+//     D 64        128 x 64    1024           512             768            660
 //     D 128       128 x 64    2048           512            1792            700
 //     D 256        64 x 64    2048           256            1920            600
 //     dQ, D 64    128 x 128   1536           1024           1024            760

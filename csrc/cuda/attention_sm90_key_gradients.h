@@ -17,6 +17,7 @@ namespace megapre::cuda {
 template <int D>
 struct KeyTiles {
   static constexpr bool kApart = D > 128;  // one warpgroup for dV, one for dK
+  static constexpr bool kHeld = D == 64;   // keys and values as operands in registers, which shared memory need not serve
   static constexpr int kRows = kApart ? 64 : 128, kColumns = 64, kStages = kApart ? 2 : 4;
   static constexpr int kWarpgroups = 2, kThreads = kWarpgroup * (kWarpgroups + 1);
   static constexpr int kOwn = tile_bytes<D>(kRows), kTile = tile_bytes<D>(kColumns), kStart = 2 * kOwn;
@@ -130,14 +131,27 @@ __global__ void __launch_bounds__(KeyTiles<D>::kThreads, 1) attention_key_gradie
     if constexpr (!Tiles::kApart) {
       float dk_sums[D / 2] = {}, dv_sums[D / 2] = {}, p[kColumns / 2], ds[kColumns / 2];
       uint32_t p_left[kColumns / 16][4], ds_left[kColumns / 16][4];
+      uint32_t held_keys[D / 16][4], held_values[D / 16][4];
+      if constexpr (Tiles::kHeld) {
+        load_operands(held_keys, own_keys, kRows);
+        load_operands(held_values, own_values, kRows);
+      }
+      const auto start = [&](float (&s)[kColumns / 2], const uint32_t (&held)[D / 16][4], const unsigned char* own,
+                             const unsigned char* tile) {
+        if constexpr (Tiles::kHeld) {
+          start_scores<T>(s, held, tile);
+        } else {
+          start_scores<T, D>(s, own, kRows, tile);
+        }
+      };
       const auto multiply = [&](int i) {
         barriers.stages.wait_full(i);
-        start_scores<T, D>(p, own_keys, kRows, queries(i));
+        start(p, held_keys, own_keys, queries(i));
         if (i > 0) {
           warpgroup_wait<1>();
           barriers.stages.release(i - 1);
         }
-        start_scores<T, D>(ds, own_values, kRows, d_outputs(i));
+        start(ds, held_values, own_values, d_outputs(i));
         warpgroup_wait<1>();
         settle(p);
         probabilities(p, i);
