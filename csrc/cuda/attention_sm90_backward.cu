@@ -24,7 +24,7 @@
 //            The two more are what it costs that dQ is summed in one place, in one order, without 4 bytes of traffic to L2
 //            for each of its elements and tile of keys.
 // Registers  of the 240 of a computing thread: sums D for dK and dV, D / 2 above 128 and for dQ; scores and dP 32 each, 64
-//            for dQ up to 128; P and dS half of that.
+//            for dQ up to 128; P and dS half of that; keys and values 16 each with D 64, for dK and dV.
 // Shared     dK and dV 99, 195 and 210 KB with D 64, 128 and 256; dQ 97, 193 and 225 KB. One block a multiprocessor.
 //
 // Not yet run on a GPU; proven by tests/cuda/.
