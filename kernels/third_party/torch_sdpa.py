@@ -21,7 +21,13 @@ from . import found
 TAKES_CUDNN = "fp16 and bf16, head dims of a multiple of 8 up to 128, dense or causal with Sq = Sk; no lse"
 TAKES_FLASH = "fp16 and bf16, head dims to 256, dense or causal with Sq = Sk; no lse"
 LEAST_CUDNN = 90000
-LARGEST_HEAD = {SDPBackend.CUDNN_ATTENTION: 128, SDPBackend.FLASH_ATTENTION: 256}
+BEFORE_OTHERS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+LARGEST_HEAD = {"cudnn": 128, "flash": 256}  # by name: torch.compile cannot guard a dict with its enum for keys
 
 
 def why_not_cudnn(device: str) -> str:
@@ -58,10 +64,9 @@ def cudnn(
 ) -> Tensor:
     """As `attention.reference`. ValueError for what TAKES_CUDNN leaves out."""
     check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
-    backend = SDPBackend.CUDNN_ATTENTION
-    if why := _refused(q_BSND, k_BSKD, causal, cu_seqlens, window, return_lse, backend):
+    if why := _refused(q_BSND, k_BSKD, causal, cu_seqlens, window, return_lse, "cudnn"):
         raise ValueError(f"attention: cudnn takes {TAKES_CUDNN}; {why}; choose `cudnn_or_triton`, `triton` or `sdpa`")
-    return _by("cudnn", backend, q_BSND, k_BSKD, v_BSKD, causal, scale)
+    return _by("cudnn", SDPBackend.CUDNN_ATTENTION, q_BSND, k_BSKD, v_BSKD, causal, scale)
 
 
 def flash(
@@ -76,10 +81,9 @@ def flash(
 ) -> Tensor:
     """As `attention.reference`. ValueError for what TAKES_FLASH leaves out."""
     check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
-    backend = SDPBackend.FLASH_ATTENTION
-    if why := _refused(q_BSND, k_BSKD, causal, cu_seqlens, window, return_lse, backend):
+    if why := _refused(q_BSND, k_BSKD, causal, cu_seqlens, window, return_lse, "flash"):
         raise ValueError(f"attention: flash takes {TAKES_FLASH}; {why}; choose `sdpa_or_triton`, `triton` or `sdpa`")
-    return _by("flash", backend, q_BSND, k_BSKD, v_BSKD, causal, scale)
+    return _by("flash", SDPBackend.FLASH_ATTENTION, q_BSND, k_BSKD, v_BSKD, causal, scale)
 
 
 def cudnn_or_triton(
@@ -92,11 +96,16 @@ def cudnn_or_triton(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`cudnn` for the calls that it takes, else `sdpa_or_triton`: Triton for documents, windows and lse, else SDPA."""
-    backend = SDPBackend.CUDNN_ATTENTION
-    if _refused(q_BSND, k_BSKD, causal, cu_seqlens, window, return_lse, backend):
+    """`cudnn` for the calls that it takes, else `sdpa_or_triton`: Triton for documents, windows and lse, else SDPA.
+
+    torch has reasons of its own to refuse cuDNN, deterministic algorithms among them: then its next best serves.
+    """
+    refused = _refused(q_BSND, k_BSKD, causal, cu_seqlens, window, return_lse, "cudnn")
+    if refused or q_BSND.numel() == 0:
         return triton.attention_by_mask(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale, return_lse)
-    return cudnn(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale)
+    check(q_BSND, k_BSKD, v_BSKD, cu_seqlens, window)
+    with sdpa_kernel(BEFORE_OTHERS, set_priority=True):
+        return sdpa(q_BSND, k_BSKD, v_BSKD, causal, None, None, scale)
 
 
 def _refused(
@@ -106,10 +115,10 @@ def _refused(
     cu_seqlens: Tensor | None,
     window: int | None,
     return_lse: bool,
-    backend: SDPBackend,
+    name: str,
 ) -> str:
     """Why a kernel does not take the call; empty where it does."""
-    head_dim, most = q.shape[-1], LARGEST_HEAD[backend]
+    head_dim, most = q.shape[-1], LARGEST_HEAD[name]
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"this call is in {q.dtype}"
     if cu_seqlens is not None or window is not None or return_lse:

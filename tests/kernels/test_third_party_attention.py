@@ -139,8 +139,11 @@ def test_one_backend_is_asked_for_and_its_absence_is_told() -> None:
 
 def test_which_kernel_serves_which_call(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
-    for module, name in ((torch_sdpa, "cudnn"), (torch_sdpa.triton, "attention"), (torch_sdpa.triton, "sdpa")):
-        label = {"attention": "triton"}.get(name, name)
+    for module, name, label in (
+        (torch_sdpa, "sdpa", "cudnn"),
+        (torch_sdpa.triton, "attention", "triton"),
+        (torch_sdpa.triton, "sdpa", "sdpa"),
+    ):
         monkeypatch.setattr(module, name, lambda q, *rest, label=label: taken.append(label) or q)
     half, wide = random(1, 6, 2, 8, dtype=torch.bfloat16), random(1, 6, 2, 8)
     large = random(1, 6, 2, 256, dtype=torch.bfloat16)
@@ -158,6 +161,26 @@ def test_which_kernel_serves_which_call(monkeypatch: pytest.MonkeyPatch) -> None
         taken.clear()
         torch_sdpa.cudnn_or_triton(*arguments[0], **arguments[1])
         assert taken == [expected], arguments[1]
+
+
+def test_where_torch_refuses_cudnn_its_next_best_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, or on a GPU under deterministic algorithms: the default must not be an error there."""
+    q, k = random(1, 4, 4, 8, dtype=torch.bfloat16), random(1, 4, 2, 8, dtype=torch.bfloat16)
+    orders: list[list[int]] = []
+
+    def seen(*arguments: Any) -> Any:
+        orders.append(torch._C._get_sdp_priority_order())
+        return attention.sdpa(*arguments)
+
+    monkeypatch.setattr(torch_sdpa, "sdpa", seen)
+    before = torch._C._get_sdp_priority_order()
+    got = torch_sdpa.cudnn_or_triton(q, k, k)
+    torch.testing.assert_close(got, attention.reference(q, k, k), rtol=2e-2, atol=2e-2)
+    assert orders[0][0] == int(torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
+    assert torch._C._get_sdp_priority_order() == before
+    compiled = torch.compile(torch_sdpa.cudnn_or_triton, backend="aot_eager", fullgraph=True)
+    monkeypatch.undo()
+    torch.testing.assert_close(compiled(q, k, k), got)
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((9, 0), "cudnn_or_triton"), ((8, 0), "sdpa_or_triton")])
