@@ -124,6 +124,35 @@ def attentions(head_dim: int, dtype: torch.dtype) -> None:
         attention_backward.backward(o, None, q, k, k, o, lse, bounds, causal, window, 0.1)
 
 
+def ones() -> None:
+    """Everything of size 1. Triton makes a constant of an argument that is 1, and what is done with it must allow that;
+    the interpreter makes none."""
+    x, weight, label = empty(1, 1), empty(1), empty(1, dtype=torch.int64)
+    for centred in (False, True):
+        _, _, mean, rstd = norm.forward(x, weight, weight, 1e-5, x, centred)
+        norm.backward(x, x, x, weight, mean, rstd, centred, centred)
+    for smoothing in (0.0, 0.1):
+        losses, lse = cross_entropy.forward(x, label, -100, smoothing, 0.0, 1)
+        cross_entropy.forward_in_place(x, label, losses, -100, smoothing, 0.0, 1)
+        cross_entropy.gradient(losses, x, label, lse, -100, smoothing, 0.0, 1)
+        vocab_parallel.merge(
+            vocab_parallel.local(x, label, 0, 1, -100, smoothing != 0)[None], label, 1, -100, smoothing, 0.0
+        )
+    q, table = empty(1, 1, 1, 2), empty(1, 1, dtype=torch.float32)
+    rope.rotate(q, q, table, table, None, False)
+    rope.rotate(q, q, table, table, empty(1, 1, dtype=torch.int64), True, backward=True)
+    activation.gated_backward(x, empty(1, 2), activation.SILU.value)
+    activation.gelu_backward(activation.gelu_forward(x, weight, 1), x, weight, activation.GELU_ERF.value)
+    state, scalars, numbers = empty(1, dtype=torch.float32), [empty(dtype=torch.float32)] * 4, (0.9, 0.95, 1e-8, 0.1)
+    adamw.step_(weight, state, state, state, weight, *scalars, *numbers)
+    adamw_stochastic.step_(weight, state, state, weight, *scalars, *numbers, 1, 129)
+    grad_norm.norm([weight])
+    q, cu_seqlens = empty(1, 1, 1, 16), empty(2, dtype=torch.int32)
+    for causal, documents, window in ((True, None, None), (False, cu_seqlens, 1)):
+        o, lse, bounds = attention.forward_with_documents(q, q, q, causal, documents, window, 1.0)
+        attention_backward.backward(o, lse, q, q, q, o, lse, bounds, causal, window, 1.0)
+
+
 CASES: dict[str, Callable[[], None]] = {
     **{f"norm {width}": lambda width=width: norms(width) for width in (128, 4096, 12288, 32768)},
     **{f"cross_entropy {vocab}": lambda vocab=vocab: cross_entropies(vocab) for vocab in (50304, 131072)},
@@ -134,6 +163,7 @@ CASES: dict[str, Callable[[], None]] = {
     "optimizer": optimizers,
     **{f"attention {d}": lambda d=d: attentions(d, torch.bfloat16) for d in (64, 96, 128, 256)},
     "attention 128 fp32": lambda: attentions(128, torch.float32),
+    "sizes of 1": ones,
 }
 
 Launch = tuple[JITFunction, dict[str, Any], dict[str, Any]]

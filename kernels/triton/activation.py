@@ -149,7 +149,7 @@ def gelu_forward(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     if y.numel():
         block, warps = policy(rows.shape[1])
         gelu_kernel[(rows.shape[0], ceil_div(rows.shape[1], block))](
-            rows, rows if bias is None else bias, y, rows.shape[1], rows.stride(0),
+            rows, rows if bias is None else bias.contiguous(), y, rows.shape[1], rows.stride(0),
             BIAS=bias is not None, KIND=kind, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return y
@@ -169,7 +169,7 @@ def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, kind: int) -> tupl
         programs = min(programs, ceil_div(16 * multiprocessors(x.device), strips))
     partials = torch.empty(1, programs if bias is not None else 0, width, dtype=torch.float32, device=x.device)
     gelu_backward_kernel[(programs, strips)](
-        rows_dy, rows, rows if bias is None else bias, dx, partials, rows.shape[0], width, rows_dy.stride(0),
-        rows.stride(0), BIAS=bias is not None, KIND=kind, BLOCK=block, num_warps=warps,
+        rows_dy, rows, rows if bias is None else bias.contiguous(), dx, partials, rows.shape[0], width,
+        rows_dy.stride(0), rows.stride(0), BIAS=bias is not None, KIND=kind, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return dx, x.new_empty(0) if bias is None else column_sum(partials, (bias.dtype,))[0]

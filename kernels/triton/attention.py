@@ -13,11 +13,15 @@ FLOPs    forward 4 D, backward 14 D per (query, visible key, head): the backward
          dV and one for dQ (7 products where a fused one has 5), which needs no atomics and is the same on every run.
 Floor    FLOPs / product rate.
 Measured on an H200, causal, heads 64/8 of 128, S 8192: 53% of the product rate forward and 42% backward; cuDNN
-74% and 63% (kernels_nvidia-h200_2026-11-20 in benchmarks/results).
+74% and 63% (kernels_nvidia-h200_2026-11-20 in benchmarks/results). A score takes 0.125 clocks of the tensor cores and
+0.11 of the rest, 0.06 of them for its exponential, and the two warpgroups of one program do both in turn: 53%. The
+scores are scaled once less since, which is 0.01 of that; not yet run on a GPU. Backward, 7 products are made for the 5
+that are counted: 42% is 59% of the product rate.
 
-Exponentials are taken in base 2. Heads are grouped: query head n reads key head n // (N / K) where it lies, so a
-group's keys are shared through L2. Heavy tiles start first. Documents come as the first and the end key of each
-token, worked out once on the device from cu_seqlens by bisection.
+Exponentials are taken in base 2, and lse goes to the backward in base 2: where a query sees one key, that is its score
+to the bit; callers get it times ln 2 (ops.py). Heads are grouped: query head n reads key head n // (N / K) where it
+lies, so a group's keys are shared through L2. Heavy tiles start first. Documents come as the first and the end key of
+each token, worked out once on the device from cu_seqlens by bisection.
 """
 
 import torch
@@ -29,7 +33,6 @@ from .launch import ceil_div, next_power_of_2
 from .tiles import Kind, measured
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 
 
@@ -132,6 +135,15 @@ def tile_start(index, a, c, before, MASKED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def scaled(dots, scale_log2, dtype: tl.constexpr):
+    """Scores in base 2. Of fp32 the product is rounded by itself: a compiler that fuses it with the subtraction that
+    follows leaves, where a score meets itself, half an ulp of it and not 0."""
+    if dtype == tl.float32:
+        return tl.fma(dots, scale_log2, tl.zeros_like(dots))
+    return dots * scale_log2
+
+
+@triton.jit
 def _forward_tiles(
     acc, total, top, q, k_base, v_base, first, end, a, c, before, tiles, keys, k_stride, v_stride, head_dim, scale_log2,
     MASKED: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -140,14 +152,14 @@ def _forward_tiles(
         start = tile_start(index, a, c, before, MASKED, BLOCK_N)
         key = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_base, key, keys, k_stride, head_dim, MASKED, EVEN_D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             s = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), s, NEG_INF)
-        higher = tl.maximum(top, tl.max(s, 1))
+        higher = tl.maximum(top, tl.max(s, 1) * scale_log2)  # the maximum of the scaled scores: rounding keeps order
         base = higher
         if MASKED:  # a query that has seen no key yet: exp2(-inf - 0) = 0, not exp2(-inf + inf)
             base = tl.where(higher == NEG_INF, 0.0, higher)
-        p = tl.exp2(s - base[:, None])
+        p = tl.exp2(scaled(s, scale_log2, k.dtype) - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
@@ -196,7 +208,7 @@ def forward_kernel(
     there = (query < queries)[:, None] & (dim < head_dim)[None, :]
     tl.store(o + at[:, None] + dim[None, :], acc.to(o.dtype.element_ty), mask=there)
     at = (batch * q_heads + head) * queries + query
-    tl.store(lse + at, (top + tl.log2(total)) * LN2, mask=query < queries)
+    tl.store(lse + at, top + tl.log2(total), mask=query < queries)
 
 
 def policy(head_dim: int, element_size: int, dense: bool) -> tuple[int, int, int, int]:
@@ -244,7 +256,10 @@ def document_bounds(cu_seqlens: Tensor, batch: int, seq_length: int) -> Tensor:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, bounds: Tensor | None, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(o [B, Sq, N, D] contiguous in the dtype of q, lse [B, N, Sq] fp32). ValueError unless scale > 0 and D <= 256."""
+    """(o [B, Sq, N, D] contiguous in the dtype of q, lse / ln 2 [B, N, Sq] fp32).
+
+    ValueError unless scale > 0 and D <= 256.
+    """
     if scale <= 0.0 or q.shape[3] > 256:
         raise ValueError(
             f"attention: head dim {q.shape[3]} and scale {scale}; this kernel needs D <= 256 and scale > 0"

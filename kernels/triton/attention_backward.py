@@ -5,8 +5,8 @@
     dv_j = sum_i p_ij do_i;   dk_j = scale sum_i ds_ij q_i;   dq_i = scale sum_j ds_ij k_j        (Dao 2023, algorithm
     2)
 
-Tiles, masks and heads: attention.py. A program of the first kernel owns a tile of keys of one key head and walks the
-queries of all heads of its group, so the group's sum stays in registers.
+lse and its gradient come in base 2. Tiles, masks and heads: attention.py. A program of the first kernel owns a tile of
+keys of one key head and walks the queries of all heads of its group, so the group's sum stays in registers.
 Measured: see attention.py.
 """
 
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import LOG2E, keys_of, load_tile, queries_of, tile_phases, tile_start, unit_stride
+from .attention import LOG2E, keys_of, load_tile, queries_of, scaled, tile_phases, tile_start, unit_stride
 from .launch import ceil_div, next_power_of_2
 from .tiles import Kind, measured
 
@@ -37,7 +37,7 @@ def delta_kernel(
     result = tl.sum(grad * out, 1)
     at = (batch * heads + head) * queries + query
     if DLSE:
-        result -= tl.load(dlse + at, mask=row < rows, other=0.0)
+        result -= tl.load(dlse + at, mask=row < rows, other=0.0) * LOG2E
     tl.store(delta + at, result, mask=row < rows)
 
 
@@ -65,7 +65,7 @@ def _key_tiles(
             lse = tl.load(lse_base + row)
             delta = tl.load(delta_base + row)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
-        p = tl.exp2(s * scale_log2 - (lse * LOG2E)[None, :])
+        p = tl.exp2(scaled(s, scale_log2, k.dtype) - lse[None, :])
         if MASKED:
             p = tl.where((query[None, :] >= first[:, None]) & (query[None, :] < end[:, None]), p, 0.0)
         do = load_tile(do_base + member * do_stride_h, query, queries, do_stride, head_dim, MASKED, EVEN_D, BLOCK_D)
@@ -136,7 +136,7 @@ def _query_tiles(
         k = load_tile(k_base, key, keys, k_stride, head_dim, MASKED, EVEN_D, BLOCK_D)
         v = load_tile(v_base, key, keys, v_stride, head_dim, MASKED, EVEN_D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p = tl.exp2(s * scale_log2 - lse[:, None])
+        p = tl.exp2(scaled(s, scale_log2, k.dtype) - lse[:, None])
         if MASKED:
             p = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
@@ -172,15 +172,15 @@ def query_kernel(
     q_tile = load_tile(q_base, query, queries, q_stride_s, head_dim, True, EVEN_D, BLOCK_D)
     do_tile = load_tile(do_base, query, queries, do_stride_s, head_dim, True, EVEN_D, BLOCK_D)
     row = (batch * q_heads + head) * queries + query
-    lse_log2 = tl.load(lse + row, mask=query < queries, other=0.0) * LOG2E
+    lse_tile = tl.load(lse + row, mask=query < queries, other=0.0)
     delta_tile = tl.load(delta + row, mask=query < queries, other=0.0)
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq_tile = _query_tiles(
-        dq_tile, q_tile, do_tile, lse_log2, delta_tile, k_base, v_base, first, end, b, b, 0, (c - b) // BLOCK_N, keys,
+        dq_tile, q_tile, do_tile, lse_tile, delta_tile, k_base, v_base, first, end, b, b, 0, (c - b) // BLOCK_N, keys,
         k_stride_s, v_stride_s, head_dim, scale_log2, False, EVEN_D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq_tile = _query_tiles(
-        dq_tile, q_tile, do_tile, lse_log2, delta_tile, k_base, v_base, first, end, a, c, before, before + after, keys,
+        dq_tile, q_tile, do_tile, lse_tile, delta_tile, k_base, v_base, first, end, a, c, before, before + after, keys,
         k_stride_s, v_stride_s, head_dim, scale_log2, True, EVEN_D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dim = tl.arange(0, BLOCK_D)
@@ -228,7 +228,8 @@ def backward(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), contiguous, in the dtypes of q, k, v. o, lse and bounds as the forward gave them."""
+    """(dq, dk, dv), contiguous, in the dtypes of q, k, v. o, lse (in base 2) and bounds as the forward gave them; dlse
+    is the gradient of that lse."""
     q, k, v, do = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(do)
     batch, queries, heads, head_dim = q.shape
     keys, k_heads = k.shape[1:3]

@@ -277,7 +277,7 @@ def gradient(
     if logits.numel():
         dlosses = dlosses if dlosses.dim() == 0 else dlosses.contiguous()
         gradient_kernel[(logits.shape[0],)](
-            dlosses, logits, labels.contiguous(), lse, out, logits.shape[1], vocab,
+            dlosses, logits, labels.contiguous(), lse.contiguous(), out, logits.shape[1], vocab,
             vocab if whole_vocab is None else whole_vocab, logits.stride(0), out.stride(0), min(dlosses.dim(), 1),
             first, ignore_index, label_smoothing, z_loss, **options(logits, label_smoothing),
         )  # fmt: skip

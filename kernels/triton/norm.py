@@ -320,7 +320,8 @@ def forward(
     if not x.numel():
         return y, h, mean, rstd
     rows_r = rows_x if residual is None else as_rows(residual)
-    tensors = (rows_x, rows_r, weight, weight if bias is None else bias, y, h, mean, rstd)
+    weight = weight.contiguous()
+    tensors = (rows_x, rows_r, weight, weight if bias is None else bias.contiguous(), y, h, mean, rstd)
     strides = (rows_x.stride(0), rows_r.stride(0), eps)
     flags = {"CENTRED": centred, "RESIDUAL": residual is not None, "BIAS": bias is not None}
     if columns > WIDEST_TILE:
@@ -342,6 +343,7 @@ def backward(
     if not h.numel():
         return dx, torch.zeros_like(weight), torch.zeros_like(weight) if bias else weight.new_empty(0)
     rows_dh = rows_dy if dh is None else as_rows(dh)
+    weight = weight.contiguous()
     strides = (rows_dy.stride(0), rows_dh.stride(0), rows_h.stride(0))
     flags: dict[str, int] = {"CENTRED": centred, "DH": dh is not None}
     count = 2 if bias else 1

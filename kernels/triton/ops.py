@@ -31,6 +31,7 @@ from .library import register as register
 from .library import why_not as why_not
 
 SILU, GELU_TANH, GELU_ERF = 0, 1, 2  # as in activation.py
+LN2 = math.log(2.0)  # the op's lse is in base 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -288,7 +289,7 @@ def attention(
         )
     scale = 1.0 / math.sqrt(q_BSND.shape[-1]) if scale is None else scale
     o, lse, _ = torch.ops.megapre_triton.attention(q_BSND, k_BSKD, v_BSKD, causal, cu_seqlens, window, scale)
-    return (o, lse) if return_lse else o
+    return (o, lse * LN2) if return_lse else o
 
 
 def attention_by_mask(

@@ -35,7 +35,7 @@ def statistics_kernel(
         row = logits + index * stride
         column = label - first
         target_logit = tl.load(row + column, mask=(column >= 0) & (column < vocab), other=0.0).to(tl.float32)
-        highest, total, plain = row_statistics(row, columns, vocab, SMOOTHING, True, BLOCK, VECTOR)
+        highest, total, plain = row_statistics(row, columns, vocab, SMOOTHING, False, BLOCK, VECTOR)
         tl.store(out, highest)
         tl.store(out + 1, total)
         tl.store(out + 2, target_logit)

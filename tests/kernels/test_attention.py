@@ -85,9 +85,8 @@ def test_attention_obeys_the_rule(
         cuts = [0, *sorted(int(d * batch * keys) for d in documents), batch * keys]
         cu_seqlens = torch.tensor(cuts, dtype=torch.int32, device=device)
     mask = mask_by_loops(batch, queries, keys, causal, window, cuts).to(device)
-    # In fp32 two kernels owe more than the rule. Triton's exponentials are in base 2, which rounds scores and lse once
-    # more, by an ulp of |s| < 16. Both it and the native kernel take do . v and do . o from two sums, whose difference
-    # is noise of some ulps of 16 where a query sees one key and the gradient is 0. In 16 bits nothing is owed.
+    # In fp32 two kernels owe more than the rule: do . v and do . o come from two sums, whose difference is noise
+    # of some ulps of 16 where a query sees one key and the gradient is 0. In 16 bits nothing is owed.
     fused = "triton" in implementation or implementation == "native"
     slack = 16 * torch.finfo(torch.float32).eps if fused and dtype == torch.float32 else 0.0
     twice(

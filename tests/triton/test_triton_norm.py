@@ -70,6 +70,19 @@ def test_strided_and_empty_rows(device: str, op: object) -> None:
         alike(strided[0] + strided[1], packed[0] + packed[1])
 
 
+def test_strided_weights(device: str) -> None:
+    """Every other element of a tensor, and one element for all: a kernel that counts from the first reads others."""
+    x, weight, bias, _ = inputs(3, 48, torch.float32, device)
+    far = [torch.stack((t, t + 9), 1)[:, 0] for t in (weight, bias)]
+    same_everywhere = weight[:1].expand(48)
+    assert not any(t.is_contiguous() for t in (*far, same_everywhere))
+    for w, b in ((far[0], far[1]), (same_everywhere, far[1])):
+        got, expected = (run(lambda *t: ops.layer_norm(*t), [x, *t]) for t in ((w, b), (w.clone(), b.clone())))
+        assert same(got[0] + got[1], expected[0] + expected[1])
+        torch.testing.assert_close(ops.rms_norm(x, w), F.rms_norm(x, (48,), w, 1e-6))
+        torch.testing.assert_close(ops.gelu(x, b), F.gelu(x + b, approximate="tanh"))
+
+
 def test_more_rows_than_programs_and_bitwise_repeats(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three programs walk many rows each, as 132 do on a large input."""
     monkeypatch.setattr(norm, "multiprocessors", lambda _: 3)
