@@ -1,7 +1,7 @@
 """What a run reports of its steps: the step line, metrics.jsonl, TensorBoard.
 
-Values of a step stay on the device until a step logs; then all that have gathered come over in one transfer, and
-metrics.jsonl gets one object for every one of them:
+Values of a step are sent to the host as the step ends, and nobody waits for them until they are read, some steps later.
+metrics.jsonl gets one object for every step:
 
     step, consumed_samples, consumed_tokens, loss (nats a token), grad_norm (before clipping), lr, step_time_s,
     tokens_per_s (of all ranks together), mfu (fraction, or null where the device's peak is unknown), memory_bytes (peak
@@ -33,7 +33,7 @@ ENOUGH = 16  # steps below which a standard deviation says nothing
 
 
 class Timed(NamedTuple):
-    """A step whose values are still on the device."""
+    """A step whose values may still be on the device."""
 
     step: int
     lr: float
@@ -83,22 +83,24 @@ class Meter:
         self.sequences, self.seq_length = sequences_per_step, seq_length
         self.mfu = mfu
         self.skipped_steps = skipped_steps
-        self.waiting: list[Timed] = []
+        self.waiting: list[tuple[Timed, machine.Told]] = []
 
     def add(self, timed: Timed) -> None:
-        self.waiting.append(timed)
+        loss, norm, skipped, _, scale = timed.result
+        told = machine.Told(torch.stack([loss, norm, skipped, *([] if scale is None else [scale])]))
+        self.waiting.append((timed, told))
 
-    def collect(self, consumed_samples: int) -> list[Record]:
-        """Records of all waiting steps; `consumed_samples` is the count after the last one. Waits for the device."""
-        if not self.waiting:
+    def collect(self, consumed_samples: int, running: int = 0) -> list[Record]:
+        """Records of the waiting steps but for the newest `running`, which the device may go on with; it waits for the
+        others. `consumed_samples` is the count after the last of all."""
+        ended = self.waiting[: max(len(self.waiting) - running, 0)]
+        if not ended:
             return []
-        results = [timed.result for timed in self.waiting]
-        told = [(r.loss, r.grad_norm, r.skipped, *(() if r.loss_scale is None else (r.loss_scale,))) for r in results]
-        values = torch.stack([torch.stack(tensors) for tensors in told]).tolist()
         memory = machine.peak_memory(self.device)
         records = []
-        for back, (timed, (loss, norm, skipped, *scale)) in enumerate(zip(self.waiting, values, strict=True)):
-            samples = consumed_samples - (len(values) - 1 - back) * self.sequences
+        for at, (timed, told) in enumerate(ended):
+            loss, norm, skipped, *scale = told.read()
+            samples = consumed_samples - (len(self.waiting) - 1 - at) * self.sequences
             duration = machine.seconds(timed.begin, timed.end)
             tokens_per_s = self.sequences * self.seq_length / duration
             self.skipped_steps += int(skipped)
@@ -119,7 +121,7 @@ class Meter:
                     loss_scale=scale[0] if scale else None,
                 )
             )
-        self.waiting = []
+        self.waiting = self.waiting[len(ended) :]
         return records
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .screen import Screen
 
 SKIPS_IN_ROW = 5  # updates skipped one after the other, after which a run has lost its way
+RUNNING = {"cuda": 1, "cpu": 0}  # steps that a device keeps to work on while earlier ones are looked at
 
 
 class Diverged(RuntimeError):
@@ -73,7 +74,7 @@ class Report:
         self.meter.add(step)
         self.screen.advance(step.step)
         if len(self.meter.waiting) >= SKIPS_IN_ROW:
-            self._watch(self._record())
+            self._watch(self._record(RUNNING[self.meter.device.type]))
 
     def flush(self) -> None:
         """Writes out every step that has gathered; the newest gets the step line. Raises Diverged."""
@@ -83,9 +84,10 @@ class Report:
             self.newest = ""
         self._watch(records)
 
-    def _record(self) -> list[Record]:
-        """Moves what has gathered into the journal, all of it before anything is made of it."""
-        records = self.meter.collect(self.progress.consumed_samples)
+    def _record(self, running: int = 0) -> list[Record]:
+        """Moves what has gathered, but for the newest `running` steps, into the journal, all of it before anything is
+        made of it."""
+        records = self.meter.collect(self.progress.consumed_samples, running)
         self.progress.skipped_steps = self.meter.skipped_steps
         for record in records:
             self.newest = self.line.see(record)

@@ -18,6 +18,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from .machine import Told
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -55,7 +57,7 @@ class Vote:
     def __init__(self, request: StopRequest, world: int) -> None:
         self.request, self.world = request, world
         self.signal: signal.Signals | None = None
-        self._before: Tensor | None = None
+        self._before: Told | None = None
 
     @property
     def asked(self) -> bool:
@@ -69,10 +71,10 @@ class Vote:
         if self.world == 1:
             self.signal = self.request.signal
             return self.asked
-        told, self._before = self._before, stops
+        told, self._before = self._before, None if stops is None else Told(stops)
         if stops is not None and stops.device.type == "cpu":
-            told = stops
-        if told is None or not told:  # on CUDA waits for the step before the last, which the device has behind it
+            told = self._before
+        if told is None or not any(told.read()):  # on CUDA of the step before the last, which is behind the device
             return False
         self.signal = self.request.signal or signal.SIGTERM
         return True

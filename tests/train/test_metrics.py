@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megapre.train import machine
 from megapre.train.folder import read_metrics
 from megapre.train.metrics import ENOUGH, Meter, Record, StepLine, Timed, bytes_text, duration_text
 from megapre.train.plot import loss_curve, smoothed
@@ -62,6 +63,24 @@ def test_records_count_samples_back_from_the_last_step() -> None:
     assert (second.step, second.loss, second.skipped) == (8, 4.0, True)
     assert first.tokens_per_s == 8 * 64 / 0.5 and first.mfu == first.tokens_per_s / 1e6
     assert meter.collect(72) == []
+
+
+def test_steps_that_still_run_are_left_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest is neither read nor counted until it is asked for: reading it would let the device run dry."""
+    read: list[float] = []
+    original = machine.Told.read
+    monkeypatch.setattr(machine.Told, "read", lambda told: read.append(float(told.numbers[0])) or original(told))
+    meter = Meter(CPU, sequences_per_step=8, seq_length=64, mfu=lambda speed: None)
+    for step in (1, 2, 3):
+        values = (torch.tensor(float(step)), torch.tensor(1.5), torch.tensor(float(step == 3)), torch.tensor(0.0))
+        meter.add(Timed(step, 1e-3, StepResult(*values), begin=10.0, end=10.5))
+    assert [(r.step, r.consumed_samples, r.skipped_steps) for r in meter.collect(24, running=1)] == [
+        (1, 8, 0),
+        (2, 16, 0),
+    ]
+    assert read == [1.0, 2.0] and meter.collect(24, running=1) == []
+    assert [(r.step, r.consumed_samples, r.skipped_steps) for r in meter.collect(24)] == [(3, 24, 1)]
+    assert read == [1.0, 2.0, 3.0]
 
 
 def test_json_has_null_where_a_number_is_not_finite() -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megapre import checkpoint
 from megapre.config import Config, to_toml
+from megapre.train import machine, signals
 from megapre.train.folder import read_metrics
 from megapre.train.signals import StopRequest, Vote
 
@@ -124,18 +126,34 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(recipe: Callable[
     assert tensors[0] == tensors[1]
 
 
-class Stops:
-    """How many ranks were asked before a step, as a tensor on a device that need not be here."""
-
-    def __init__(self, number: int, kind: str) -> None:
-        self.number, self.device = number, SimpleNamespace(type=kind)
-
-    def __bool__(self) -> bool:
-        return self.number > 0
-
-
 @pytest.mark.parametrize(("kind", "steps"), [("cpu", 3), ("cuda", 4)])
-def test_ranks_stop_after_the_first_step_that_begins_with_one_asked_or_on_cuda_the_next(kind: str, steps: int) -> None:
+def test_ranks_stop_after_the_first_step_that_begins_with_one_asked_or_on_cuda_the_next(
+    kind: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA the number begins to travel with its step: asked for a step later, it would come after that one too."""
+    done: list[tuple[str, int]] = []
+
+    class Told:
+        """How many ranks were asked before a step, from a device that need not be here."""
+
+        def __init__(self, stops: SimpleNamespace) -> None:
+            self.number = stops.number
+            done.append(("sent", self.number))
+
+        def read(self) -> list[int]:
+            done.append(("read", self.number))
+            return [self.number]
+
+    monkeypatch.setattr(signals, "Told", Told)
     vote, told = Vote(StopRequest(), world=2), [0, 0, 1, 2, 2]
-    made = next(step for step, number in enumerate(told, 1) if vote.passed(Stops(number, kind)))  # type: ignore[arg-type]
+    stops = [SimpleNamespace(number=number, device=SimpleNamespace(type=kind)) for number in told]
+    made = next(step for step, one in enumerate(stops, 1) if vote.passed(one))  # type: ignore[arg-type]
     assert made == steps and vote.signal == signal.SIGTERM
+    late = int(kind == "cuda")
+    sent, read = ([number for what, number in done if what == kind_of] for kind_of in ("sent", "read"))
+    assert sent == told[:made] and read == told[: made - late]
+
+
+def test_numbers_are_told_as_they_are() -> None:
+    assert machine.Told(torch.tensor([1.5, float("inf")])).read() == [1.5, float("inf")]
+    assert machine.Told(torch.tensor(2.0)).read() == [2.0]
