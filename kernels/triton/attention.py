@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import ceil_div, next_power_of_2
-from .tiles import Kind, measured
+from .tiles import Kind, Tiles, measured, within
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NEG_INF = tl.constexpr(float("-inf"))
@@ -215,13 +215,14 @@ def policy(head_dim: int, element_size: int, dense: bool) -> tuple[int, int, int
     """(queries, keys, warps, stages) of a forward tile. Smaller tiles of keys where many are skipped or cut."""
     if element_size > 2:
         return 32, 32, 8, 1
-    if found := measured(Kind("forward", head_dim, element_size, dense)):
+    kind = Kind("forward", head_dim, element_size, dense)
+    if found := measured(kind):
         return found
     if head_dim <= 64:
-        return 128, 64, 4, 3
+        return within(kind, Tiles(128, 64, 4, 3))
     if head_dim <= 128:
-        return (128, 128, 8, 2) if dense else (128, 64, 8, 3)
-    return 64, 64, 8, 2  # of 128 queries, sm_80 has not the shared memory, nor the registers
+        return within(kind, Tiles(128, 128, 8, 2) if dense else Tiles(128, 64, 8, 3))
+    return within(kind, Tiles(64, 64, 8, 2))  # of 128 queries, sm_80 has not the shared memory, nor the registers
 
 
 def unit_stride(x: Tensor) -> Tensor:

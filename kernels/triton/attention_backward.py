@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention import LOG2E, keys_of, load_tile, queries_of, scaled, tile_phases, tile_start, unit_stride
 from .launch import ceil_div, next_power_of_2
-from .tiles import Kind, measured
+from .tiles import Kind, Tiles, measured, within
 
 
 @triton.jit
@@ -193,26 +193,22 @@ def key_policy(head_dim: int, element_size: int, dense: bool) -> tuple[int, int,
     """(queries, keys, warps, stages) of the kernel for dK and dV."""
     if element_size > 2:
         return 16, 32, 8, 1
-    if found := measured(Kind("keys", head_dim, element_size, dense)):
+    kind = Kind("keys", head_dim, element_size, dense)
+    if found := measured(kind):
         return found
-    if head_dim <= 64:
-        return 64, 128, 8, 2
-    if head_dim <= 128:
-        return 64, 128, 8, 2
-    return 32, 64, 8, 2
+    return within(kind, Tiles(64, 128, 8, 2) if head_dim <= 128 else Tiles(32, 64, 8, 2))
 
 
 def query_policy(head_dim: int, element_size: int, dense: bool) -> tuple[int, int, int, int]:
     """(queries, keys, warps, stages) of the kernel for dQ."""
     if element_size > 2:
         return 16, 32, 4, 1
-    if found := measured(Kind("queries", head_dim, element_size, dense)):
+    kind = Kind("queries", head_dim, element_size, dense)
+    if found := measured(kind):
         return found
     if head_dim <= 64:
-        return 128, 64, 8, 3
-    if head_dim <= 128:
-        return 128, 64, 8, 2
-    return 64, 32, 8, 2
+        return within(kind, Tiles(128, 64, 8, 3))
+    return within(kind, Tiles(128, 64, 8, 2) if head_dim <= 128 else Tiles(64, 32, 8, 2))
 
 
 def backward(

@@ -28,7 +28,7 @@ import torch
 from .. import profile
 
 FORMAT = 1
-SHARED = 227 * 1024  # bytes that a block may have on sm_90 and sm_100; sm_80 has 163 KiB
+SHARED = 227 * 1024  # bytes that a block may have on sm_90 and sm_100
 NUMBERS = 192  # of a thread's 255 registers: the rest holds operands and addresses
 
 
@@ -97,6 +97,23 @@ def candidates(kind: Kind, shared: int = SHARED) -> Iterator[Tiles]:
         if fits and rows // 16 * columns >= tiles.warps:
             found.append(tiles)
     yield from sorted(found, key=lambda t: (-t.queries * t.keys / (t.queries + t.keys), t.warps, t.stages))
+
+
+@functools.cache
+def shared_here() -> int:
+    """Bytes of shared memory that a block may have on the GPU at hand; SHARED where there is none."""
+    if not torch.cuda.is_available():
+        return SHARED
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin)
+
+
+@functools.cache
+def within(kind: Kind, default: Tiles) -> Tiles:
+    """The default tiles, or where their memory is not there (99 KiB on sm_86, sm_89 and sm_120) the first that fit."""
+    room = shared_here()
+    if shared_bytes(kind, default) + 1024 <= room:
+        return default
+    return next(candidates(kind, room), default)
 
 
 def tune(kind: Kind, seconds: Callable[[Tiles], float], shared: int = SHARED) -> tuple[Tiles, dict[Tiles, float]]:

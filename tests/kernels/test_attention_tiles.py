@@ -61,6 +61,26 @@ def test_the_tiles_of_the_table_are_among_them(head_dim: int) -> None:
             assert policy(head_dim, 2, dense) in list(tiles.candidates(Kind(kernel, head_dim, 2, dense))), kernel
 
 
+@pytest.mark.parametrize("room", [99 * 1024, 163 * 1024, 227 * 1024])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_default_tiles_fit_the_gpu_at_hand(head_dim: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """99 KiB are those of sm_86, sm_89 and sm_120, where the tiles for sm_90 cannot be launched."""
+    pytest.importorskip("triton")
+    from megapre.kernels.triton import attention, attention_backward
+
+    monkeypatch.setattr(tiles, "shared_here", lambda: room)
+    tiles.within.cache_clear()
+    for kernel, policy in (
+        ("forward", attention.policy),
+        ("keys", attention_backward.key_policy),
+        ("queries", attention_backward.query_policy),
+    ):
+        for dense in (True, False):
+            chosen = Tiles(*policy(head_dim, 2, dense))
+            assert tiles.shared_bytes(Kind(kernel, head_dim, 2, dense), chosen) + 1024 <= room, kernel
+    tiles.within.cache_clear()
+
+
 def test_the_fastest_is_written_and_used_where_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("MEGAPRE_KERNEL_PROFILE", str(tmp_path / "profile.json"))
