@@ -103,11 +103,15 @@ def rotate(
     """Rotated (q, k): new and contiguous, or the inputs themselves when `in_place`; by the other angle when `backward`.
 
     q [B, S, N, D], k [B, S, K, D] of one dtype; cos, sin [P, D/2] fp32; positions [B, S] integers or None for 0 .. S-1.
-    ValueError for work in place on heads whose dims are not adjacent.
+    ValueError for work in place on heads whose dims are not adjacent, or that lie 2^31 elements or more apart: within a
+    token places are 32-bit.
     """
-    if q.stride(3) != 1 or k.stride(3) != 1:
+    if not all(x.stride(3) == 1 and x.shape[2] * x.stride(2) < 2**31 for x in (q, k)):
         if in_place:
-            raise ValueError(f"rope: in place, a head's dims must be adjacent; strides {q.stride()}, {k.stride()}")
+            raise ValueError(
+                "rope: in place, a head's dims must be adjacent, and a token's heads within 2^31 elements; strides "
+                f"{q.stride()}, {k.stride()}"
+            )
         q, k = q.contiguous(), k.contiguous()
     batch, seq_length, q_heads, head_dim = q.shape
     k_heads = k.shape[2]

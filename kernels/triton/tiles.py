@@ -104,7 +104,8 @@ def shared_here() -> int:
     """Bytes of shared memory that a block may have on the GPU at hand; SHARED where there is none."""
     if not torch.cuda.is_available():
         return SHARED
-    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin)
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(gpu.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 @functools.cache

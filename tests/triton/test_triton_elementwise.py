@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from megapre.kernels import adamw, gelu, grad_norm, rope, swiglu
 from megapre.kernels.triton import activation, ops
+from megapre.kernels.triton import rope as triton_rope
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -54,6 +55,9 @@ def test_rope_edges(device: str) -> None:
     assert ops.rope(q[:0], q[:0], cos, sin)[0].shape == (0, 2, 3, 4)
     _, grads = run(lambda q, k: ops.rope(q, k, cos, sin)[1], [q, q.clone()])
     assert bool((grads[0] == 0).all())
+    far = torch.empty_strided((1, 2, 3, 4), (2**32, 4, 2**30, 1), device="meta")
+    with pytest.raises(ValueError, match=r"within 2\^31 elements; strides \(4294967296, 4, 1073741824, 1\)"):
+        triton_rope.rotate(far, far, cos, sin, None, False, in_place=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
