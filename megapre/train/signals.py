@@ -18,10 +18,10 @@ import signal
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from .machine import Told
-
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .machine import Told
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR2: 75}
 
@@ -71,6 +71,8 @@ class Vote:
         if self.world == 1:
             self.signal = self.request.signal
             return self.asked
+        from .machine import Told  # torch, which signals alone must not need
+
         told, self._before = self._before, None if stops is None else Told(stops)
         if stops is not None and stops.device.type == "cpu":
             told = self._before

@@ -15,7 +15,7 @@ import torch
 
 from megapre import checkpoint
 from megapre.config import Config, to_toml
-from megapre.train import machine, signals
+from megapre.train import machine
 from megapre.train.folder import read_metrics
 from megapre.train.signals import StopRequest, Vote
 
@@ -144,7 +144,7 @@ def test_ranks_stop_after_the_first_step_that_begins_with_one_asked_or_on_cuda_t
             done.append(("read", self.number))
             return [self.number]
 
-    monkeypatch.setattr(signals, "Told", Told)
+    monkeypatch.setattr(machine, "Told", Told)
     vote, told = Vote(StopRequest(), world=2), [0, 0, 1, 2, 2]
     stops = [SimpleNamespace(number=number, device=SimpleNamespace(type=kind)) for number in told]
     made = next(step for step, one in enumerate(stops, 1) if vote.passed(one))  # type: ignore[arg-type]
