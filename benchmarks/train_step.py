@@ -38,7 +38,8 @@ GPT-2 and 1.2 times for the Llama-style model, in no more memory; shown against 
 too. What bounds it: the time of all products of a step, each measured by itself in
 the same run (step_bound.py).
 
-Prints a table and writes it to benchmarks/results/train_step_<hardware>_<date>.{json,md}.
+Prints a table and writes it to benchmarks/results/train_step_<hardware>_<date>.{json,md}, and as a picture to .png
+where matplotlib is.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,13 @@ def write(rows: list[Row], products: Row, profiles: Row, arguments: argparse.Nam
     (out / f"{name}.json").write_text(
         json.dumps({"rows": rows, "products": products, "profiles": profiles, "about": about()}, indent=1)
     )
-    return [*lines, f"written to {out / name}.{{md,json}}"]
+    written = ["md", "json"]
+    with suppress(ImportError):  # no matplotlib
+        from step_picture import draw  # not at the top: what is timed in a worker shall import its own alone
+
+        draw(rows, name.removeprefix("train_step_").rpartition("_")[0], out / f"{name}.png")
+        written.append("png")
+    return [*lines, f"written to {out / name}.{{{','.join(written)}}}"]
 
 
 def measure(
