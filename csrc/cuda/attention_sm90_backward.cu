@@ -7,18 +7,19 @@
 //     scores and dO V^T started;  P while the second runs;  P^T dO started;  dS while it runs;  dS^T Q, or dS K, started
 // and the next step's scores are started before that last product is waited for.
 //
-// Cycles of a multiprocessor for a step, at 2048 multiply-adds, 16 exponentials and 128 bytes of shared memory a cycle, and
-// slots in which one of its four schedulers issues (machine code of nvcc 13.0, tiles that need no mask); not measured:
-//     dK, dV      tile        tensor cores   exponentials   shared memory   issue
-//     D 64        128 x 64    1024           512             768            660
-//     D 128       128 x 64    2048           512            1792            700
-//     D 256        64 x 64    2048           256            1920            600
-//     dQ, D 64    128 x 128   1536           1024           1024            760
-//     D 128       128 x 128   3072           1024           2048            850
-//     D 256       128 x 64    3072           512            2560            780
+// Cycles of a multiprocessor for a step, at 2048 multiply-adds, 16 exponentials and 128 bytes of shared memory a cycle; slots
+// in which one of its four schedulers issues (machine code of nvcc 13.0, tiles that need no mask); and what a step fetches,
+// by cycle of the tensor cores. Counted, not measured:
+//     dK, dV      tile        tensor cores   exponentials   shared memory   issue   bytes from L2
+//     D 64        128 x 64    1024           512             768            660     16
+//     D 128       128 x 64    2048           512            1792            700     16
+//     D 256        64 x 64    2048           256            1920            600     32
+//     dQ, D 64    128 x 128   1536           1024           1024            760     21
+//     D 128       128 x 128   3072           1024           2048            850     21
+//     D 256       128 x 64    3072           512            2560            780     21
 // So the tensor cores are what takes longest, and two warpgroups that do not wait for each other keep them busy: one has
-// products under way whenever the other computes. The forward's turns would only add waits, since exponentials are a quarter
-// to a half of the products here, not half to all of them.
+// products under way whenever the other computes. The forward's turns would only add waits, since exponentials are an eighth
+// to two thirds of the products here, not half to all of them. (L2 gives some 25 to 30 bytes a cycle if all read at once.)
 //
 // FLOPs      14 D per (query, visible key, head): 7 products where a kernel with atomics has 5, so at best 5/7 of its speed.
 //            The two more are what it costs that dQ is summed in one place, in one order, without 4 bytes of traffic to L2

@@ -7,6 +7,12 @@
 // product of the tile before with V runs on the tensor cores; and with head dims up to 128 the warpgroups take turns, so that
 // one computes exponentials while the products of the other run.
 //
+// Counted as in attention_sm90_backward.cu, not measured; with D 64 the exponentials take as long as the products:
+//     tile                tensor cores   exponentials   shared memory   issue   bytes from L2
+//     D 64    192 x 128   1536           1536            960            1350    21
+//     D 128   128 x 128   2048           1024           1280            1020    32
+//     D 256   128 x 64    2048           512            1536             930    32
+//
 // FLOPs      4 D per (query, visible key, head), on tiles of 128 by 128 (192 by 128; 128 by 64 with D 256).
 // Registers  of the 240 of a computing thread (160 of the three with D 64): sums D / 2, scores 64 (32 with D 256), P half.
 // Shared     Q, two stages of K and V: 90 KB with D 64, 162 KB with D 128, 194 KB with D 256. One block a multiprocessor.
