@@ -17,9 +17,9 @@
 //     dQ, D 64    128 x 128   1536           1024           1024            760     21
 //     D 128       128 x 128   3072           1024           2048            850     21
 //     D 256       128 x 64    3072           512            2560            780     21
-// So the tensor cores are what takes longest, and two warpgroups that do not wait for each other keep them busy: one has
-// products under way whenever the other computes. The forward's turns would only add waits, since exponentials are an eighth
-// to two thirds of the products here, not half to all of them. (L2 gives some 25 to 30 bytes a cycle if all read at once.)
+// So the tensor cores are what takes longest, and two warpgroups that do not wait for each other should keep them busy: one
+// has products under way whenever the other computes. The forward's turns would only add waits, since exponentials are an
+// eighth to two thirds of the products here, not half to all. (L2 gives some 25 to 30 bytes a cycle if all read at once.)
 //
 // FLOPs      14 D per (query, visible key, head): 7 products where a kernel with atomics has 5, so at best 5/7 of its speed.
 //            The two more are what it costs that dQ is summed in one place, in one order, without 4 bytes of traffic to L2
