@@ -22,7 +22,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("form", names, indirect=True, scope="session")
         return
     rows = [(name, dtype) for name in names for dtype in metafunc.module.DTYPES[name]]
-    metafunc.parametrize(("form", "dtype"), rows, indirect=["form"], scope="session")
+    ids = [f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in rows]
+    metafunc.parametrize(("form", "dtype"), rows, indirect=["form"], scope="session", ids=ids)
 
 
 @pytest.fixture(scope="session")
