@@ -109,12 +109,16 @@ void run_with_bias(
 
 // ---- gelu -----------------------------------------------------------------------------------------------------------
 
-// The bias as the kernels read it.
-OptionalTensor checked_bias(const Tensor& x, const OptionalTensor& bias) {
+void check_bias(const Tensor& x, const OptionalTensor& bias) {
   check_input("gelu", x, /*gated=*/false);
   check(
       !bias.has_value() || (bias->dim() == 1 && bias->size(0) == x.size(-1)), "gelu: bias is ",
       describe(bias.value_or(x)), " but rows of the input have ", x.size(-1), " elements");
+  check_device("gelu", bias.value_or(x), x, "bias");
+}
+
+// The bias as the kernels read it.
+OptionalTensor ready_bias(const Tensor& x, const OptionalTensor& bias) {
   return bias.has_value() ? OptionalTensor(parameter(*bias, x)) : std::nullopt;
 }
 
@@ -127,8 +131,9 @@ ActivationRows<T> arguments(const Rows& x, const OptionalTensor& bias) {
 }
 
 Tensor gelu(Tensor x, OptionalTensor bias_in, bool tanh) {
+  check_bias(x, bias_in);
   const DeviceGuard guard(x);
-  const OptionalTensor bias = checked_bias(x, bias_in);
+  const OptionalTensor bias = ready_bias(x, bias_in);
   const Rows rows(x);
   Tensor y = empty(x, sizes_of(x), x.scalar_type());
   dispatch("gelu", x.scalar_type(), [&](auto type) {
@@ -144,9 +149,10 @@ Tensor gelu(Tensor x, OptionalTensor bias_in, bool tanh) {
 // dx, dbias (empty without a bias).
 std::tuple<Tensor, Tensor> gelu_backward(Tensor dy, Tensor x, OptionalTensor bias_in, bool tanh) {
   const char* name = "gelu_backward";
-  const DeviceGuard guard(x);
-  const OptionalTensor bias = checked_bias(x, bias_in);
+  check_bias(x, bias_in);
   check_like(name, dy, x, "dy", "x");
+  const DeviceGuard guard(x);
+  const OptionalTensor bias = ready_bias(x, bias_in);
   const Rows rows(x), dy_rows(dy);
   Tensor dx = empty(x, sizes_of(x), x.scalar_type());
   const ParameterGradient dbias(bias_in.value_or(x), bias_in.has_value() ? x.size(-1) : 0, x);

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(512) column_sum_kernel(ColumnSums op) {
 template <typename T>
 void column_sums(const char* name, const ColumnSums& op, int outputs, cudaStream_t stream) {
   if (op.columns > 0) {
-    const dim3 grid(static_cast<unsigned>((op.columns + 31) / 32), static_cast<unsigned>(outputs));
+    const dim3 grid = grid_of(name, (op.columns + 31) / 32, outputs);
     launch({.op = name, .grid = grid, .block = dim3(512), .stream = stream}, column_sum_kernel<T>, op);
   }
 }

@@ -130,7 +130,7 @@ void launch_statistics(const Terms& terms, const CrossEntropy<T>& op, int64_t ro
   const unsigned blocks = blocks_a_row<T>(op.columns, rows);
   const Launch how{
       .op = terms.op,
-      .grid = dim3(static_cast<unsigned>(rows * blocks)),
+      .grid = grid_of(terms.op, rows * blocks),
       .block = dim3(threads_for<T>((op.columns + blocks - 1) / blocks, 4)),
       .cluster = blocks,
       .stream = stream};
@@ -148,7 +148,7 @@ void launch_in_place(const Terms& terms, const CrossEntropy<T>& op, int64_t rows
   blocks = std::max(blocks, blocks_a_row<T>(op.columns, rows));
   const Launch how{
       .op = terms.op,
-      .grid = dim3(static_cast<unsigned>(held ? rows * blocks : rows)),
+      .grid = grid_of(terms.op, held ? rows * blocks : rows),
       .block = dim3(held ? threads_for<T>((op.columns + blocks - 1) / blocks, 8) : 512),
       .cluster = held ? blocks : 1,
       .stream = stream};
@@ -160,11 +160,8 @@ void launch_gradient_as(const Terms& terms, const CrossEntropy<T>& op, int64_t r
   const unsigned threads = threads_for<T>(op.width, 4);
   const int64_t per_block = int64_t{threads} * N * kGradientVectors<N>;
   const int64_t blocks = (op.width + per_block - 1) / per_block;
-  check(
-      rows * blocks <= std::numeric_limits<int>::max(), terms.op, ": ", rows, " rows of ", op.width,
-      " columns are more than one launch can have; cut the rows into chunks");
   const Launch how{
-      .op = terms.op, .grid = dim3(static_cast<unsigned>(rows * blocks)), .block = dim3(threads), .stream = stream};
+      .op = terms.op, .grid = grid_of(terms.op, rows * blocks), .block = dim3(threads), .stream = stream};
   launch(how, cross_entropy_gradient_kernel<T, N>, op, static_cast<int>(blocks));
 }
 

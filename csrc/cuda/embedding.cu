@@ -62,11 +62,8 @@ template <typename T, typename S, int N>
 void launch_level_as(const Runs<T, S>& op, int64_t pieces, cudaStream_t stream) {
   const int64_t panels = (op.width + kPanelVectors * N - 1) / (kPanelVectors * N);
   const int64_t blocks = (pieces * panels + kRunWarps - 1) / kRunWarps;
-  check(
-      blocks <= std::numeric_limits<int>::max(), kOp, ": ", op.count, " tokens of ", op.width,
-      " columns are more than one launch can have");
   launch(
-      {.op = kOp, .grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(32 * kRunWarps), .stream = stream},
+      {.op = kOp, .grid = grid_of(kOp, blocks), .block = dim3(32 * kRunWarps), .stream = stream},
       embedding_runs_kernel<T, S, N>, op, static_cast<int>(panels));
 }
 

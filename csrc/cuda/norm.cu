@@ -2,6 +2,8 @@
 //
 // Not yet run on a GPU; proven by tests/cuda/.
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -32,6 +34,8 @@ void check_input(Kind kind, const Tensor& x, const Tensor& weight, const Optiona
   check(
       !bias.has_value() || sizes_of(*bias) == sizes_of(weight), kind.name, ": bias is ",
       describe(bias.value_or(weight)), " but weight is ", describe(weight));
+  check_device(kind.name, weight, x, "weight");
+  check_device(kind.name, bias.value_or(weight), x, "bias");
 }
 
 // y, h (empty without a residual), mean (empty for rms_norm), rstd.
@@ -84,6 +88,7 @@ Tensor checked_statistic(Kind kind, const Tensor& t, const Rows& rows, const Ten
   check(
       t.numel() == rows.count && t.scalar_type() == ScalarType::Float, kind.name, "_backward: ", name, " is ",
       describe(t), "; one fp32 per row of h ", describe(h), " is needed");
+  check_device(kind.name, t, h, name);
   return torch::stable::contiguous(t);
 }
 
@@ -98,6 +103,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   }
   const DeviceGuard guard(h);
   const Rows h_rows(h), dy_rows(dy);
+  check(
+      h_rows.count <= std::numeric_limits<int>::max() / 2, kind.name, "_backward: h ", describe(h),
+      "; up to 2^30 rows are taken");
   const std::optional<Rows> dh_rows = dh.has_value() ? std::optional<Rows>(*dh) : std::nullopt;
   const Tensor rstd_rows = checked_statistic(kind, rstd, h_rows, h, "rstd");
   const OptionalTensor mean_rows =
@@ -111,12 +119,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const bool aligned = h_rows.aligned() && dy_rows.aligned() && (!dh_rows || dh_rows->aligned());
     const NormPolicy policy = backward_policy(h_rows.width, aligned, capability() >= 90);
     const int outputs = bias.has_value() ? 2 : 1;
-    const int64_t parts = h_rows.count == 0 ? 0 : backward_parts(policy, h_rows.count);
+    const int64_t parts =
+        h_rows.count == 0 ? 0 : backward_parts<T>(kind.name, policy, kind.centred, h_rows.count);
     const Tensor partials = empty(h, {outputs, parts, h_rows.width}, ScalarType::Float);
     const NormBackward<T> op{
         .centred = kind.centred,
         .rows = h_rows.count,
         .width = h_rows.width,
+        .per_width = 1.0f / static_cast<float>(std::max<int64_t>(h_rows.width, 1)),
         .dy = static_cast<const T*>(dy_rows.holder.data_ptr()),
         .dy_stride = dy_rows.stride,
         .dh = dh_rows ? static_cast<const T*>(dh_rows->holder.data_ptr()) : nullptr,

@@ -1,5 +1,6 @@
 // Backward of layer_norm and rms_norm. The blocks stay: each walks over rows, keeps its share of dweight and dbias in
-// registers and writes it once, for column_sum.h to add up. dy and h are read once; 16-bit rows are fetched one ahead.
+// registers and writes it once, for column_sum.h to add up. dy and h are read once; 16-bit rows are fetched one ahead,
+// with their statistics: a turn waits for nothing but the sums over its row.
 // Bytes: dy, h (and dh) in, dx out, and a row of fp32 for each block.
 //
 //   n = (h - mean) rstd,  g = dy weight,  dx = (g - mean(g) - n mean(g n)) rstd + dh;  dweight = sum dy n,  dbias = sum dy
@@ -21,6 +22,7 @@ template <typename T>
 struct NormBackward {
   bool centred;  // layer_norm
   int64_t rows, width;
+  float per_width;  // 1 / width
   const T* dy;
   int64_t dy_stride;
   const T* dh;  // null: none
@@ -36,16 +38,6 @@ struct NormBackward {
   float* partials;  // [1 or, with a bias, 2][parts][width]
   int64_t parts;
 };
-
-// V vectors of a row, zeros past its width.
-template <typename T, int N, int V>
-__device__ __forceinline__ void load_row(Vector<T, N> (&out)[V], const T* row, int width, int thread, int threads) {
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int at = (thread + v * threads) * N;
-    out[v] = at < width ? Vector<T, N>::load(row + at) : Vector<T, N>::zeros();
-  }
-}
 
 // Adds up, over the rows that a block has at a time, what each holds for the columns; `held` is shared: [rows][width].
 template <int N, int V>
@@ -85,88 +77,91 @@ __device__ __forceinline__ void store_partial(
   }
 }
 
-// N and V as in norm_forward_kernel.
-template <typename T, int N, int V>
+// N and V as in norm_forward_kernel. What a thread needs of the weight it keeps for all rows.
+template <typename T, int N, int V, bool CENTRED>
 __global__ void __launch_bounds__(512, 1) norm_backward_kernel(NormBackward<T> op, int warps) {
   constexpr bool kAhead = N > 1 && sizeof(T) == 2;  // fp32 rows fill the registers once
-  MEGAPRE_SHARED(typename RowSums<2>::Storage, storage, [1]);
-  RowSums<2> sums_over_row(storage[0]);
+  constexpr int kSums = CENTRED ? 2 : 1;
+  MEGAPRE_SHARED(typename RowSums<kSums>::Storage, storage, [1]);
+  RowSums<kSums> sums_over_row(storage[0], warps);
   const int blocks = static_cast<int>(cluster_blocks()), row_threads = 32 * warps, threads = blocks * row_threads;
   const int rows = static_cast<int>(blockDim.x) / row_threads, group = static_cast<int>(threadIdx.x) / row_threads;
   const int thread = static_cast<int>(cluster_rank() * blockDim.x) + static_cast<int>(threadIdx.x) % row_threads;
-  const int64_t part = blockIdx.x / blocks, step = op.parts * rows;
+  const int64_t part = blockIdx.x / blocks;
   const int width = static_cast<int>(op.width);
 
-  float dweight[V][N] = {}, dbias[V][N] = {};
+  float weight[V][N] = {}, dweight[V][N] = {}, dbias[V][N] = {};
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    if (const int at = (thread + v * threads) * N; at < width) {
+      load_parameter<T, N>(weight[v], op.weight, op.weight_is_fp32, at);
+    }
+  }
+  const int step = static_cast<int>(op.parts) * rows, last = static_cast<int>(op.rows);
   Vector<T, N> dy[V], h[V];
-  const auto fetch = [&](int64_t row) {
-    const int there = row < op.rows ? width : 0;  // a row that does not exist is empty
+  float mean = 0.0f, rstd = 0.0f;
+  const auto fetch = [&](int row) {  // a row that does not exist is empty
+    const int there = row < last ? width : 0;
     load_row(dy, op.dy + row * op.dy_stride, there, thread, threads);
     load_row(h, op.h + row * op.h_stride, there, thread, threads);
+    rstd = row < last ? op.rstd[row] : 0.0f;
+    if constexpr (CENTRED) {
+      mean = row < last ? op.mean[row] : 0.0f;
+    }
   };
-  fetch(part * rows + group);
   // All threads take as many turns: the sums are over the block.
-  for (int64_t first = part * rows; first < op.rows; first += step) {
-    const int64_t row = first + group;
-    const int there = row < op.rows ? width : 0;
-    const float rstd = row < op.rows ? op.rstd[row] : 0.0f;
-    const float mean = op.centred && row < op.rows ? op.mean[row] : 0.0f;
-    Vector<T, N> dh[V], own_dy[V], own_h[V];
+  int first = static_cast<int>(part) * rows;
+  fetch(first + group);
+  for (; first < last; first += step) {
+    const int row = first + group;
+    const int there = row < last ? width : 0;
+    const float own_mean = mean, own_rstd = rstd;
+    Vector<T, N> dh[V];
+    const T* const dh_row = op.dh + (op.dh != nullptr ? row * op.dh_stride : 0);
+    if (kAhead && op.dh != nullptr) {
+      load_row(dh, dh_row, there, thread, threads);
+    }
+    float g[V][N], n[V][N];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      own_dy[v] = dy[v], own_h[v] = h[v];
-    }
-    if (op.dh != nullptr) {
-      load_row(dh, op.dh + row * op.dh_stride, there, thread, threads);
+      dy[v].to(g[v]);
+      h[v].to(n[v]);
     }
     if (kAhead) {
       fetch(row + step);
     }
 
-    float totals[2] = {0.0f, 0.0f};  // of g and of g n
+    float totals[kSums] = {};  // of g n and, centred, of g
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const int at = (thread + v * threads) * N;
-      if (at < there) {
-        float d[N], n[N], weight[N];
-        own_dy[v].to(d);
-        own_h[v].to(n);
-        load_parameter<T, N>(weight, op.weight, op.weight_is_fp32, at);
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          n[i] = (n[i] - mean) * rstd;
-          dweight[v][i] += d[i] * n[i];
-          dbias[v][i] += d[i];
-          totals[0] += d[i] * weight[i];
-          totals[1] += d[i] * weight[i] * n[i];
+      for (int i = 0; i < N; ++i) {  // g is 0 past the width
+        n[v][i] = CENTRED ? (n[v][i] - own_mean) * own_rstd : n[v][i] * own_rstd;
+        dweight[v][i] += g[v][i] * n[v][i];
+        if constexpr (CENTRED) {
+          dbias[v][i] += g[v][i];
+        }
+        // Rounded once for both of its uses: where all g are equal, their distance from the mean is 0.
+        g[v][i] = __fmul_rn(g[v][i], weight[v][i]);
+        totals[0] += g[v][i] * n[v][i];
+        if constexpr (CENTRED) {
+          totals[1] += g[v][i];
         }
       }
     }
-    sums_over_row(totals, warps);
-    const float g_mean = op.centred ? totals[0] / op.width : 0.0f, gn_mean = totals[1] / op.width;
-    T* const dx = op.dx + row * op.width;
+    sums_over_row(totals);
+    const float gn_mean = totals[0] * op.per_width, g_mean = CENTRED ? totals[kSums - 1] * op.per_width : 0.0f;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const int at = (thread + v * threads) * N;
-      if (at < there) {
-        float d[N], n[N], weight[N];
-        own_dy[v].to(d);
-        own_h[v].to(n);
-        load_parameter<T, N>(weight, op.weight, op.weight_is_fp32, at);
+      if (const int at = (thread + v * threads) * N; at < there) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          n[i] = (n[i] - mean) * rstd;
-          d[i] = (d[i] * weight[i] - g_mean - n[i] * gn_mean) * rstd;
+          g[v][i] = ((CENTRED ? g[v][i] - g_mean : g[v][i]) - n[v][i] * gn_mean) * own_rstd;
         }
         if (op.dh != nullptr) {
-          float extra[N];
-          dh[v].to(extra);
-#pragma unroll
-          for (int i = 0; i < N; ++i) {
-            d[i] += extra[i];
-          }
+          add_to(g[v], kAhead ? dh[v] : Vector<T, N>::load(dh_row + at));
         }
-        Vector<T, N>::from(d).store(dx + at);
+        Vector<T, N>::from(g[v]).store(op.dx + row * op.width + at);
       }
     }
     if (!kAhead) {
@@ -176,17 +171,16 @@ __global__ void __launch_bounds__(512, 1) norm_backward_kernel(NormBackward<T> o
   float* const partial = op.partials + part * op.width;
   float* const held = dynamic_shared<float>();
   store_partial(dweight, partial, held, width, thread, threads, rows, group);
-  if (op.has_bias) {
+  if (CENTRED && op.has_bias) {
     store_partial(dbias, partial + op.parts * op.width, held, width, thread, threads, rows, group);
   }
-  sums_over_row.finish();
 }
 
 // dx of rows of any width, read twice: what is too wide for registers, where there are no clusters.
 template <typename T, int N>
 __global__ void __launch_bounds__(512) norm_backward_loop_kernel(NormBackward<T> op) {
   MEGAPRE_SHARED(typename RowSums<2>::Storage, storage, [1]);
-  RowSums<2> sums_over_row(storage[0]);
+  RowSums<2> sums_over_row(storage[0], static_cast<int>(blockDim.x / 32));
   const int64_t row = blockIdx.x, first = int64_t{threadIdx.x} * N, step = int64_t{blockDim.x} * N;
   const float rstd = op.rstd[row], mean = op.centred ? op.mean[row] : 0.0f;
   const auto load = [&](float (&g)[N], float (&n)[N], int64_t at) {
@@ -196,7 +190,7 @@ __global__ void __launch_bounds__(512) norm_backward_loop_kernel(NormBackward<T>
     load_parameter<T, N>(weight, op.weight, op.weight_is_fp32, at);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      g[i] *= weight[i];
+      g[i] = __fmul_rn(g[i], weight[i]);
       n[i] = (n[i] - mean) * rstd;
     }
   };
@@ -210,7 +204,7 @@ __global__ void __launch_bounds__(512) norm_backward_loop_kernel(NormBackward<T>
       totals[1] += g[i] * n[i];
     }
   }
-  sums_over_row(totals, static_cast<int>(blockDim.x / 32));
+  sums_over_row(totals);
   const float g_mean = op.centred ? totals[0] / op.width : 0.0f, gn_mean = totals[1] / op.width;
   for (int64_t at = first; at < op.width; at += step) {
     float g[N], n[N];
@@ -280,31 +274,43 @@ inline NormPolicy backward_policy(int64_t width, bool aligned, bool clusters) {
   return {0, 16, 1, 1};
 }
 
-// How many rows of partials the kernels for this policy write.
-inline int64_t backward_parts(const NormPolicy& p, int64_t rows) {
-  const int64_t resident = multiprocessors() / static_cast<int>(p.cluster), needed = (rows + p.rows - 1) / p.rows;
-  return max(int64_t{1}, min(resident, needed));
+// The kernel of a policy that has one, for layer_norm and for rms_norm.
+template <typename T, int N>
+auto backward_kernel(const NormPolicy& p, bool centred) {
+  constexpr int kMost = N > 1 ? 16 / N : 8;
+  if (p.elements == 8) {
+    return centred ? norm_backward_kernel<T, N, 8 / N, true> : norm_backward_kernel<T, N, 8 / N, false>;
+  }
+  return centred ? norm_backward_kernel<T, N, kMost, true> : norm_backward_kernel<T, N, kMost, false>;
+}
+
+// As many rows of partials as blocks, or clusters, run at a time: none waits for another to end.
+template <typename T>
+int64_t backward_parts(const char* name, const NormPolicy& p, bool centred, int64_t rows) {
+  int64_t resident = multiprocessors();
+  if (p.cluster > 1) {
+    const Launch how{
+        .op = name, .grid = dim3(p.cluster), .block = dim3(32 * p.warps * p.rows), .cluster = p.cluster};
+    resident = resident_clusters(how, backward_kernel<T, kWide<T>>(p, centred));
+  }
+  return max(int64_t{1}, min(resident, (rows + p.rows - 1) / p.rows));
 }
 
 template <typename T, int N>
 void norm_backward_as(const char* name, const NormPolicy& p, const NormBackward<T>& op, cudaStream_t stream) {
   Launch how{.op = name, .grid = dim3(0), .block = dim3(32 * p.warps * p.rows), .stream = stream};
   if (p.elements == 0) {
-    how.grid = dim3(static_cast<unsigned>(op.rows));
+    how.grid = grid_of(name, op.rows);
     launch(how, norm_backward_loop_kernel<T, N>, op);
     const int64_t strip = int64_t{512} * N;
-    how.grid = dim3(static_cast<unsigned>((op.width + strip - 1) / strip), static_cast<unsigned>(op.parts));
+    how.grid = grid_of(name, (op.width + strip - 1) / strip, op.parts);
     launch(how, norm_backward_partials_kernel<T, N>, op);
     return;
   }
-  how.grid = dim3(static_cast<unsigned>(op.parts * p.cluster));
+  how.grid = grid_of(name, op.parts * p.cluster);
   how.cluster = p.cluster;
   how.shared = p.rows == 1 ? 0 : static_cast<size_t>(p.rows * op.width) * sizeof(float);
-  if (p.elements == 8) {
-    launch(how, norm_backward_kernel<T, N, 8 / N>, op, p.warps);
-  } else if constexpr (N > 1) {
-    launch(how, norm_backward_kernel<T, N, 16 / N>, op, p.warps);
-  }
+  launch(how, backward_kernel<T, N>(p, op.centred), op, p.warps);
 }
 
 template <typename T>

@@ -34,11 +34,82 @@ struct NormForward {
   float* rstd;
 };
 
+// V vectors of a row, zeros past its width.
+template <typename T, int N, int V>
+__device__ __forceinline__ void load_row(Vector<T, N> (&out)[V], const T* row, int width, int thread, int threads) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const int at = (thread + v * threads) * N;
+    out[v] = at < width ? Vector<T, N>::load(row + at) : Vector<T, N>::zeros();
+  }
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void add_to(float (&x)[N], const Vector<T, N>& more) {
+  float a[N];
+  more.to(a);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    x[i] += a[i];
+  }
+}
+
+// Rounded: what is normalised is what is handed on.
+template <typename T, int N>
+__device__ __forceinline__ Vector<T, N> sum_of(const Vector<T, N>& x, const Vector<T, N>& residual) {
+  float a[N];
+  x.to(a);
+  add_to(a, residual);
+  return Vector<T, N>::from(a);
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void add_to(float& total, const Vector<T, N>& h) {
+  float a[N];
+  h.to(a);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    total += a[i];
+  }
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void add_squares_to(float& total, const Vector<T, N>& h, float mean) {
+  float a[N];
+  h.to(a);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    total += (a[i] - mean) * (a[i] - mean);
+  }
+}
+
+// Of the elements of a row from `at` on.
+template <typename T, int N>
+__device__ __forceinline__ Vector<T, N> normalised(
+    const NormForward<T>& op, const Vector<T, N>& h, float mean, float rstd, int64_t at) {
+  float a[N], weight[N];
+  h.to(a);
+  load_parameter<T, N>(weight, op.weight, op.weight_is_fp32, at);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    a[i] = (a[i] - mean) * rstd * weight[i];
+  }
+  if (op.bias != nullptr) {
+    float bias[N];
+    load_parameter<T, N>(bias, op.bias, op.bias_is_fp32, at);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      a[i] += bias[i];
+    }
+  }
+  return Vector<T, N>::from(a);
+}
+
 // N: elements an access, 16 bytes of them or, where rows are not aligned, one. V: accesses a thread.
 template <typename T, int N, int V>
 __global__ void __launch_bounds__(512) norm_forward_kernel(NormForward<T> op, int warps) {
   MEGAPRE_SHARED(typename RowSums<1>::Storage, storage, [1]);
-  RowSums<1> sum_over_row(storage[0]);
+  RowSums<1> sum_over_row(storage[0], warps);
   const int blocks = static_cast<int>(cluster_blocks()), row_threads = 32 * warps, threads = blocks * row_threads;
   const int64_t row = int64_t{blockIdx.x / blocks} * (blockDim.x / row_threads) + threadIdx.x / row_threads;
   const int width = row < op.rows ? static_cast<int>(op.width) : 0;  // a row that does not exist is empty
@@ -46,33 +117,15 @@ __global__ void __launch_bounds__(512) norm_forward_kernel(NormForward<T> op, in
   const int thread = static_cast<int>(cluster_rank() * blockDim.x + threadIdx.x % row_threads);
 
   Vector<T, N> h[V];
-  const T* const x = op.x + row * op.x_stride;
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int at = (thread + v * threads) * N;
-    h[v] = at < width ? Vector<T, N>::load(x + at) : Vector<T, N>::zeros();
-  }
+  load_row(h, op.x + row * op.x_stride, width, thread, threads);
   if (op.residual != nullptr) {
     Vector<T, N> residual[V];
-    const T* const r = op.residual + row * op.residual_stride;
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const int at = (thread + v * threads) * N;
-      residual[v] = at < width ? Vector<T, N>::load(r + at) : Vector<T, N>::zeros();
-    }
+    load_row(residual, op.residual + row * op.residual_stride, width, thread, threads);
     T* const sum = op.h + row * op.width;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const int at = (thread + v * threads) * N;
-      float a[N], b[N];
-      h[v].to(a);
-      residual[v].to(b);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        a[i] += b[i];
-      }
-      h[v] = Vector<T, N>::from(a);  // rounded: what is normalised is what is handed on
-      if (at < width) {
+      h[v] = sum_of(h[v], residual[v]);
+      if (const int at = (thread + v * threads) * N; at < width) {
         h[v].store(sum + at);
       }
     }
@@ -83,52 +136,26 @@ __global__ void __launch_bounds__(512) norm_forward_kernel(NormForward<T> op, in
     float total[1] = {0.0f};
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      float a[N];
-      h[v].to(a);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        total[0] += a[i];
-      }
+      add_to(total[0], h[v]);
     }
-    sum_over_row(total, warps);
+    sum_over_row(total);
     mean = total[0] / op.width;
   }
   float squares[1] = {0.0f};
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     if ((thread + v * threads) * N < width) {
-      float a[N];
-      h[v].to(a);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        squares[0] += (a[i] - mean) * (a[i] - mean);
-      }
+      add_squares_to(squares[0], h[v], mean);
     }
   }
-  sum_over_row(squares, warps);
+  sum_over_row(squares);
   const float rstd = rsqrtf(squares[0] / op.width + op.eps);
 
   T* const y = op.y + row * op.width;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    const int at = (thread + v * threads) * N;
-    if (at < width) {
-      float a[N], weight[N];
-      h[v].to(a);
-      load_parameter<T, N>(weight, op.weight, op.weight_is_fp32, at);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        a[i] = (a[i] - mean) * rstd * weight[i];
-      }
-      if (op.bias != nullptr) {
-        float bias[N];
-        load_parameter<T, N>(bias, op.bias, op.bias_is_fp32, at);
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          a[i] += bias[i];
-        }
-      }
-      Vector<T, N>::from(a).store(y + at);
+    if (const int at = (thread + v * threads) * N; at < width) {
+      normalised(op, h[v], mean, rstd, at).store(y + at);
     }
   }
   if (row < op.rows && thread == 0) {
@@ -137,73 +164,41 @@ __global__ void __launch_bounds__(512) norm_forward_kernel(NormForward<T> op, in
       op.mean[row] = mean;
     }
   }
-  sum_over_row.finish();
 }
 
 // Rows of any width, read twice: what is too wide for registers, where there are no clusters.
 template <typename T, int N>
 __global__ void __launch_bounds__(512) norm_forward_loop_kernel(NormForward<T> op) {
   MEGAPRE_SHARED(typename RowSums<1>::Storage, storage, [1]);
-  RowSums<1> sum_over_row(storage[0]);
-  const int warps = static_cast<int>(blockDim.x / 32);
+  RowSums<1> sum_over_row(storage[0], static_cast<int>(blockDim.x / 32));
   const int64_t row = blockIdx.x, first = int64_t{threadIdx.x} * N, step = int64_t{blockDim.x} * N;
-  const T* const h = op.residual != nullptr ? op.h + row * op.width : op.x + row * op.x_stride;
+  const T* const x = op.x + row * op.x_stride;
+  const T* const h = op.residual != nullptr ? op.h + row * op.width : x;
 
   float mean = 0.0f;
-  for (int64_t at = first; at < op.width; at += step) {
-    float a[N];
-    Vector<T, N>::load(op.x + row * op.x_stride + at).to(a);
-    if (op.residual != nullptr) {  // each thread reads again what it has written itself
-      float b[N];
-      Vector<T, N>::load(op.residual + row * op.residual_stride + at).to(b);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        a[i] += b[i];
+  if (op.residual != nullptr || op.centred) {
+    float total[1] = {0.0f};
+    for (int64_t at = first; at < op.width; at += step) {
+      Vector<T, N> own = Vector<T, N>::load(x + at);
+      if (op.residual != nullptr) {  // each thread reads again what it has written itself
+        own = sum_of(own, Vector<T, N>::load(op.residual + row * op.residual_stride + at));
+        own.store(op.h + row * op.width + at);
       }
-      const Vector<T, N> sum = Vector<T, N>::from(a);
-      sum.store(op.h + row * op.width + at);
-      sum.to(a);
+      add_to(total[0], own);
     }
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      mean += a[i];
+    if (op.centred) {
+      sum_over_row(total);
+      mean = total[0] / op.width;
     }
-  }
-  if (op.centred) {
-    float total[1] = {mean};
-    sum_over_row(total, warps);
-    mean = total[0] / op.width;
-  } else {
-    mean = 0.0f;
   }
   float squares[1] = {0.0f};
   for (int64_t at = first; at < op.width; at += step) {
-    float a[N];
-    Vector<T, N>::load(h + at).to(a);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      squares[0] += (a[i] - mean) * (a[i] - mean);
-    }
+    add_squares_to(squares[0], Vector<T, N>::load(h + at), mean);
   }
-  sum_over_row(squares, warps);
+  sum_over_row(squares);
   const float rstd = rsqrtf(squares[0] / op.width + op.eps);
   for (int64_t at = first; at < op.width; at += step) {
-    float a[N], weight[N];
-    Vector<T, N>::load(h + at).to(a);
-    load_parameter<T, N>(weight, op.weight, op.weight_is_fp32, at);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      a[i] = (a[i] - mean) * rstd * weight[i];
-    }
-    if (op.bias != nullptr) {
-      float bias[N];
-      load_parameter<T, N>(bias, op.bias, op.bias_is_fp32, at);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        a[i] += bias[i];
-      }
-    }
-    Vector<T, N>::from(a).store(op.y + row * op.width + at);
+    normalised(op, Vector<T, N>::load(h + at), mean, rstd, at).store(op.y + row * op.width + at);
   }
   if (threadIdx.x == 0) {
     op.rstd[row] = rstd;
@@ -244,10 +239,9 @@ inline NormPolicy forward_policy(int64_t width, bool aligned, bool clusters) {
 template <typename T, int N>
 void norm_forward_as(const char* name, const NormForward<T>& op, cudaStream_t stream) {
   const NormPolicy p = forward_policy(op.width, N > 1, capability() >= 90);
-  const int64_t blocks = (op.rows + p.rows - 1) / p.rows * p.cluster;
   const Launch how{
       .op = name,
-      .grid = dim3(static_cast<unsigned>(blocks)),
+      .grid = grid_of(name, (op.rows + p.rows - 1) / p.rows * p.cluster),
       .block = dim3(32 * p.warps * p.rows),
       .cluster = p.cluster,
       .stream = stream};

@@ -1,9 +1,10 @@
-// Sums over the threads that share a row, in one fixed order: the lanes of each warp as a tree, then the warps one after
-// another, then the blocks of the cluster one after another.
+// Sums over the threads that share a row, in one fixed order: the lanes of each warp as a tree, then its warps, over all
+// blocks of the cluster, as another.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <device/cluster.h>
+#include <device/mbarrier.h>
 #include <device/shared.h>
 
 namespace megapre::cuda {
@@ -25,74 +26,88 @@ __device__ __forceinline__ float warp_max(float x) {
   return warp_fold(x, [](float a, float b) { return fmaxf(a, b); });
 }
 
-// The sums of VALUES numbers over the `warps` warps of the thread's row, or, when a cluster has one row, over all threads
-// of the cluster. All threads of the block must call it. Two buffers take turns: a warp that is one sum ahead writes where
-// nobody reads any more, so one barrier a sum is enough.
+// The sums of VALUES numbers over the `row_warps` warps of the thread's row, or, when a cluster has one row, over all
+// warps of the cluster. All threads of the block must call it. Two buffers take turns: a warp that is one sum ahead
+// writes where nobody reads any more, so one barrier a sum is enough.
+//
+// The warps of a cluster send what they have to each of its blocks, where a barrier counts the bytes. A barrier of the
+// cluster instead would be a fence too, at which a thread waits for all that it has stored, and an emptied first cache.
 template <int VALUES>
 class RowSums {
-  static constexpr int kWarps = 32;
-  float (*warps_)[VALUES][kWarps];  // [buffer][value][warp of the block]
-  float (*blocks_)[VALUES];         // [buffer][value], read by the other blocks of the cluster
-  int buffer_ = 0;
+  static constexpr int kWarps = 32, kClusterWarps = 128;  // 8 blocks of 16 warps
 
  public:
-  template <typename Storage>
-  __device__ __forceinline__ explicit RowSums(Storage& storage) : warps_(storage.warps), blocks_(storage.blocks) {}
-
   struct Storage {
-    float warps[2][VALUES][kWarps];
-    float blocks[2][VALUES];
+    float warps[2][VALUES][kWarps];           // [buffer][value][warp of the block]
+    float cluster[2][VALUES][kClusterWarps];  // [buffer][value][warp of the cluster]
+    Mbarrier sent[2];
   };
 
-  __device__ __forceinline__ void operator()(float (&x)[VALUES], int warps) {
-    const int warp = static_cast<int>(threadIdx.x) / 32, first = warp / warps * warps;
+  // When a cluster has a row, `row_warps` is all warps of a block.
+  __device__ __forceinline__ RowSums(Storage& storage, int row_warps)
+      : storage_(storage),
+        row_warps_(row_warps),
+        first_warp_(static_cast<int>(threadIdx.x) / 32 / row_warps * row_warps),
+        row_blocks_(static_cast<int>(cluster_blocks())) {
+    if (row_blocks_ > 1) {
+      if (threadIdx.x == 0) {
+        mbarrier_init(&storage_.sent[0], 1);
+        mbarrier_init(&storage_.sent[1], 1);
+        mbarrier_fence();
+      }
+      cluster_arrive();
+      cluster_wait();
+    }
+  }
+
+  __device__ __forceinline__ void operator()(float (&x)[VALUES]) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int buffer = sums_ & 1;
 #pragma unroll
     for (int v = 0; v < VALUES; ++v) {
       x[v] = warp_sum(x[v]);
     }
-    if (warps > 1) {
-      if (threadIdx.x % 32 == 0) {
+    if (row_blocks_ > 1) {
+      const int all = row_blocks_ * row_warps_, own = static_cast<int>(cluster_rank()) * row_warps_ + warp;
+      if (threadIdx.x == 0) {
+        mbarrier_expect(&storage_.sent[buffer], all * VALUES * static_cast<int>(sizeof(float)));
+      }
+      if (lane < row_blocks_) {
 #pragma unroll
         for (int v = 0; v < VALUES; ++v) {
-          warps_[buffer_][v][warp] = x[v];
+          send_to_block(x[v], &storage_.cluster[buffer][v][own], &storage_.sent[buffer], static_cast<unsigned>(lane));
+        }
+      }
+      mbarrier_wait(&storage_.sent[buffer], sums_ >> 1 & 1);
+#pragma unroll
+      for (int v = 0; v < VALUES; ++v) {
+        x[v] = 0.0f;
+#pragma unroll 1
+        for (int w = lane; w < all; w += 32) {
+          x[v] += storage_.cluster[buffer][v][w];
+        }
+        x[v] = warp_sum(x[v]);
+      }
+    } else if (row_warps_ > 1) {
+      if (lane == 0) {
+#pragma unroll
+        for (int v = 0; v < VALUES; ++v) {
+          storage_.warps[buffer][v][warp] = x[v];
         }
       }
       __syncthreads();
 #pragma unroll
       for (int v = 0; v < VALUES; ++v) {
-        x[v] = 0.0f;
-        for (int w = 0; w < warps; ++w) {
-          x[v] += warps_[buffer_][v][first + w];
-        }
+        x[v] = warp_sum(lane < row_warps_ ? storage_.warps[buffer][v][first_warp_ + lane] : 0.0f);
       }
     }
-    if (cluster_blocks() > 1) {
-      if (threadIdx.x == 0) {
-#pragma unroll
-        for (int v = 0; v < VALUES; ++v) {
-          blocks_[buffer_][v] = x[v];
-        }
-      }
-      cluster_arrive();
-      cluster_wait();
-#pragma unroll
-      for (int v = 0; v < VALUES; ++v) {
-        x[v] = 0.0f;
-        for (unsigned block = 0; block < cluster_blocks(); ++block) {
-          x[v] += load_from_block(&blocks_[buffer_][v], block);
-        }
-      }
-    }
-    buffer_ ^= 1;
+    ++sums_;
   }
 
-  // Before the kernel ends: the shared memory of a block that has ended cannot be read.
-  __device__ __forceinline__ void finish() const {
-    if (cluster_blocks() > 1) {
-      cluster_arrive();
-      cluster_wait();
-    }
-  }
+ private:
+  Storage& storage_;
+  const int row_warps_, first_warp_, row_blocks_;
+  unsigned sums_ = 0;
 };
 
 }  // namespace megapre::cuda

@@ -63,6 +63,11 @@ void dispatch(const char* op, ScalarType dtype, Body body) {
   }
 }
 
+// A kernel that reads memory of another device ends the process's use of its own.
+inline void check_device(const char* op, const Tensor& t, const Tensor& like, const char* name) {
+  check(t.device() == like.device(), op, ": ", name, " is on another device than ", describe(like), "; move it there");
+}
+
 inline void check_like(const char* op, const Tensor& t, const Tensor& like, const char* name, const char* like_name) {
   check(
       sizes_of(t) == sizes_of(like) && t.scalar_type() == like.scalar_type() && t.device() == like.device(), op, ": ",

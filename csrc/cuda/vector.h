@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace megapre::cuda {
 
@@ -69,12 +70,22 @@ struct Vector {
   }
 
   __device__ __forceinline__ void to(float (&x)[N]) const {
-    T elements[N];
-    static_assert(sizeof(elements) == sizeof(bits));
-    memcpy(elements, &bits, sizeof(bits));
+    if constexpr (N % 2 == 0 && std::is_same_v<T, bf16>) {  // the upper half of an fp32: one instruction each
+      uint32_t pairs[N / 2];
+      memcpy(pairs, &bits, sizeof(bits));
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      x[i] = to_float(elements[i]);
+      for (int i = 0; i < N; i += 2) {
+        x[i] = __uint_as_float(pairs[i / 2] << 16);
+        x[i + 1] = __uint_as_float(pairs[i / 2] & 0xffff0000u);
+      }
+    } else {
+      T elements[N];
+      static_assert(sizeof(elements) == sizeof(bits));
+      memcpy(elements, &bits, sizeof(bits));
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        x[i] = to_float(elements[i]);
+      }
     }
   }
 

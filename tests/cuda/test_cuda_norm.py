@@ -133,7 +133,8 @@ def test_backward_obeys_the_rule(
 def test_wide_rows_backward_by_clusters_and_without(
     emulator: emulated.Emulator, op: str, width: int, capability: int
 ) -> None:
-    emulator.device(multiprocessors=9, capability=capability)
+    """With one cluster at a time of four blocks, which walks over all rows, and four of two."""
+    emulator.device(multiprocessors=9 if width < 20000 else 7, capability=capability)
     backward_obeys(emulator, op, 7, width, torch.bfloat16, affine=True, residual=True)
 
 
@@ -231,6 +232,23 @@ def test_what_cannot_be_is_said(emulator: emulated.Emulator) -> None:
         emulator.ops.rms_norm_backward(x, None, x, weight, weight[:3])
     with pytest.raises(ValueError, match="dtype Double; the CUDA kernels take fp32, bf16 and fp16"):
         emulator.ops.rms_norm(x.double(), weight, EPS, None)
+
+
+def test_what_lies_on_another_device_is_not_read(emulator: emulated.Emulator) -> None:
+    x, weight, rstd = torch.randn(4, 16), torch.ones(16), torch.ones(4)
+
+    def call(op: torch._ops.OpOverload, *arguments: object) -> None:
+        op._op_dk(torch._C.DispatchKey.CPU, *arguments)
+
+    ops = emulator.ops
+    with pytest.raises(ValueError, match=r"rms_norm: weight is on another device than Float \[4, 16\]; move it there"):
+        call(ops.rms_norm.default, x, weight.to("meta"), EPS, None)
+    with pytest.raises(ValueError, match="layer_norm: bias is on another device"):
+        call(ops.layer_norm.default, x, weight, weight.to("meta"), EPS, None)
+    with pytest.raises(ValueError, match="rms_norm: rstd is on another device"):
+        call(ops.rms_norm_backward.default, x, None, x, weight, rstd.to("meta"))
+    with pytest.raises(ValueError, match="gelu: bias is on another device"):
+        call(ops.gelu.default, x, weight.to("meta"), True)
 
 
 def test_offsets_beyond_31_bits(emulator: emulated.Emulator, far: Callable[[Tensor], Tensor]) -> None:

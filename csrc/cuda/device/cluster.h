@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <device/mbarrier.h>
 
 #include <cstdint>
 
@@ -11,7 +12,7 @@ namespace megapre::cuda {
 __device__ __forceinline__ unsigned cluster_rank() {
   unsigned rank = 0;
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
 #endif
   return rank;
 }
@@ -19,7 +20,7 @@ __device__ __forceinline__ unsigned cluster_rank() {
 __device__ __forceinline__ unsigned cluster_blocks() {
   unsigned blocks = 1;
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
 #endif
   return blocks;
 }
@@ -36,6 +37,22 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Leaves `value` at the place of `shared` in the shared memory of block `rank`, and counts its 4 bytes at the place of
+// `barrier` there: who has waited for that barrier sees it. PTX ISA 8.1, "st.async".
+__device__ __forceinline__ void send_to_block(float value, float* shared, Mbarrier* barrier, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, counter;\n"
+      "mapa.shared::cluster.u32 there, %0, %3;\n"
+      "mapa.shared::cluster.u32 counter, %1, %3;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %2, [counter];\n"
+      "}\n" ::"r"(shared_address(shared)),
+      "r"(shared_address(barrier)), "r"(__float_as_uint(value)), "r"(rank)
+      : "memory");
 #endif
 }
 

@@ -191,6 +191,14 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int by
   return cudaSuccess;
 }
 
+// The multiprocessors of a cluster are neighbours in a group of at most 16; what is left of a group holds none.
+template <typename... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(P...), const cudaLaunchConfig_t* config) {
+  const int all = emulator::device.multiprocessors, blocks = static_cast<int>(config->attrs[0].val.clusterDim.x);
+  *clusters = all / 16 * (16 / blocks) + all % 16 / blocks;
+  return cudaSuccess;
+}
+
 template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A... arguments) {
   const dim3 g = config->gridDim, b = config->blockDim;

@@ -31,7 +31,7 @@ inline void mbarrier_end_phase(Mbarrier& barrier) {
 }
 
 inline void mbarrier_init(Mbarrier* barrier, int arrivals) {
-  shared_address(barrier);
+  emulator::in_block(barrier, emulator::cluster_rank());  // it lies in shared memory
   const auto count = static_cast<uint16_t>(arrivals);
   *barrier = {count, count, 0, 0};
 }
