@@ -123,9 +123,10 @@ class Emulator:
 
 @functools.cache
 def loaded() -> Emulator:
-    """The one of this process. Skips where it cannot be: it needs g++ on x86-64 and the native library's schemas."""
-    if shutil.which("g++") is None or platform.machine() != "x86_64":
-        pytest.skip("the emulator of CUDA needs g++ and an x86-64 processor")
+    """The one of this process. Skips without what it needs: g++, x86-64 with FMA, the native library's schemas."""
+    fuses = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    if shutil.which("g++") is None or platform.machine() != "x86_64" or not fuses:
+        pytest.skip("the emulator of CUDA needs g++ and an x86-64 processor with FMA")
     if not native.load():
         pytest.skip(native.status()[1])
     library.register()

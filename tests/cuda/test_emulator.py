@@ -119,5 +119,5 @@ def test_a_mutated_norm_is_caught(loaded_emulator: emulated.Emulator, tmp_path: 
     if mutation == "a barrier removed":
         assert not is_right()
     else:
-        with pytest.raises(RuntimeError, match="illegal access" if "bound" in mutation else "nobody waited for"):
+        with pytest.raises(RuntimeError, match="illegal access" if "bound" in mutation else "cluster, which has ended"):
             is_right()
