@@ -5,6 +5,7 @@ What holds whatever happens:
 first Ctrl-C, SIGTERM, SIGUSR2   passed on once to every rank, which saves and ends; SIGHUP is passed on as SIGTERM
 a second one                     all ranks are killed
 the first rank that fails        the others are told to end (SIGTERM); its last lines are shown last, its code is ours
+a rank that cannot go on         what it says is shown once all have ended, for which they have the same time
 ranks that do not end in time    are killed
 the launcher is killed itself    the kernel kills the ranks (Linux: PR_SET_PDEATHSIG)
 
@@ -44,7 +45,9 @@ REFUSED = 2
 STOPPED = tuple(EXIT_CODES.values())
 """Exit codes of a rank that ended because it was asked to."""
 FAILURE_GRACE = 15.0
-"""Seconds that ranks have to end after another one has failed: they wait for it in vain, and cannot save."""
+"""Seconds that ranks have to end after one has failed, or has said why it will: the others wait in vain, and cannot
+save.
+"""
 TAIL = 30
 """Lines of the failed rank that are shown again at the end."""
 ERROR = b"megapre: error: "
@@ -142,7 +145,6 @@ class Ranks:
         self._before: dict[signal.Signals, Any] = {}
         self._wake, self._waker = socket.socketpair()
         self._selector = selectors.DefaultSelector()
-        self._same: list[int] = []  # ranks with the error of the first to fail
         self._exits: dict[Rank, int] = {}
         self._prints = True
 
@@ -185,7 +187,7 @@ class Ranks:
 
     def run(self) -> int:
         """Until all ranks have ended: shows what they say, passes signals on. Returns the exit code for all."""
-        heard, told, deadline = 0, False, float("inf")
+        heard, told, refused, deadline = 0, False, False, float("inf")
         while len(self.ended) < len(self.ranks):
             self._listen(min(max(deadline - time.monotonic(), 0), 1.0 if self._exits else 0.05))
             now = time.monotonic()
@@ -199,17 +201,22 @@ class Ranks:
                     self._tell(signal.SIGTERM)
             elif deadline == float("inf") and any(rank.code for rank in self.ended):
                 deadline = now + self.grace  # it was asked to stop, not by us, and so were the others
+            if not refused and any(rank.error for rank in self.ranks):
+                refused = True  # what it says is held back until all have ended, and must not be so for long
+                deadline = min(deadline, now + FAILURE_GRACE)
             if now >= deadline:
                 running = ", ".join(str(rank.number) for rank in self.ranks if rank.code is None)
                 self._say(f"ranks that did not end in time are killed: {running}")
                 self._tell(signal.SIGKILL)
                 deadline = now + 60
         self._drain()
-        self._errors()
-        if len(self._signals) > 1:
+        killed = len(self._signals) > 1
+        blamed = self._blamed if self.failed and not killed else None
+        same = self._errors(blamed)
+        if killed:
             return 128 + self._signals[-1]
-        if self.failed:
-            self._explain()
+        if blamed is not None:
+            self._explain(blamed, same)
         code = next((rank.code for rank in [*self.failed, *self.ended] if rank.code), 0)
         asked = PASSED_ON[self._signals[0]] if self._signals else None
         if asked is not None and code == 128 + asked:  # the rank had only started, and nothing is lost
@@ -281,18 +288,22 @@ class Ranks:
         silent = first.code == REFUSED and not first.error
         return next((rank for rank in self.failed if rank.error), first) if silent else first
 
-    def _errors(self) -> None:
-        """Shows each error once, with the ranks that have it, but for that of the first to fail: it comes last."""
+    def _errors(self, blamed: Rank | None) -> list[int]:
+        """Shows each error once, with the ranks that have it, but for that of `blamed`, which comes last; returns the
+        others that have that.
+        """
+        same: list[int] = []
         said: dict[bytes, list[Rank]] = {}
         for rank in self.ranks:
             if rank.error:
                 said.setdefault(alike(rank), []).append(rank)
         for text, ranks in said.items():
-            if self.failed and self._blamed in ranks:
-                self._same = [rank.number for rank in ranks if rank is not self._blamed]
+            if blamed in ranks:
+                same = [rank.number for rank in ranks if rank is not blamed]
                 continue
             for line in text.split(b"\n"):
                 self._print(ranks[0], line, spans([rank.number for rank in ranks]).partition(" ")[2])
+        return same
 
     def _print(self, rank: Rank, line: bytes, numbers: str = "") -> None:
         """Of `rank`, or of all that `numbers` tells."""
@@ -306,12 +317,11 @@ class Ranks:
                 self._prints = False
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def _explain(self) -> None:
-        first = self._blamed
+    def _explain(self, first: Rank, same: Sequence[int]) -> None:
         others = f", the first of {len(self.failed)} that failed" if len(self.failed) > 1 else ""
-        same = f"; {spans(self._same)} said the same" if self._same else ""
+        too = f"; {spans(same)} said the same" if same else ""
         last = f"; its last lines, all of them in {first.log.name}:" if first.tail else ""
-        self._say(f"{first.outcome()}{others}{same}{last}")
+        self._say(f"{first.outcome()}{others}{too}{last}")
         with contextlib.suppress(OSError):
             for line in first.error or first.tail:
                 print(line.decode(errors="replace"), file=sys.stderr, flush=True)

@@ -42,6 +42,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.communicate()
 
 
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -124,6 +128,29 @@ def test_an_error_of_a_rank_that_was_not_the_first_to_die_is_shown_too(start: St
     out, err = start(3, f"FOLDER = {str(tmp_path / 'met')!r}{REFUSE}{body}").communicate(timeout=60)
     assert out == "[0, 2] megapre: error: a peer is gone\n"
     assert err.startswith("megapre: rank 1 was killed by SIGKILL, the first of 3 that failed\n")
+
+
+def test_an_error_is_shown_although_the_user_does_not_wait(start: Start, tmp_path: Path) -> None:
+    body = "refuse('no data') if rank == 0 else time.sleep(60)"
+    process = start(2, f"FOLDER = {str(tmp_path / 'met')!r}{REFUSE}{body}")
+    wait_until(lambda: "no data" in read(tmp_path / "logs" / "rank0.out"), "rank 0 has said nothing")
+    process.terminate()
+    assert process.stderr is not None and "once more" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err == "megapre: SIGINT again: ranks are killed\n"
+    assert out == "[0] megapre: error: no data\n"
+
+
+def test_what_a_rank_says_is_shown_although_it_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processes, "FAILURE_GRACE", 0.5)
+    body = "print('megapre: error: no data', flush=True); time.sleep(60)"
+    assert processes.launch([sys.executable, "-c", SCRIPT + body], 2, tmp_path, 60.0, os.environ) == 137
+    out, err = capfd.readouterr()
+    assert out == "[0-1] megapre: error: no data\n"
+    assert err.startswith("megapre: ranks that did not end in time are killed: ")
 
 
 def test_lines_stay_whole_and_none_is_lost(start: Start, tmp_path: Path) -> None:
