@@ -11,9 +11,23 @@ DEVICE = click.option(
 )
 JSON_KEY = click.option("--json-key", default="text", show_default=True, help="Field or column with the text.")
 RUN = click.argument("run", type=click.Path())
-RESUME = click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of the run folder.")
+
+
+def _of_a_run_that_goes_on(ctx: click.Context, _: click.Parameter, reorder: bool) -> bool:
+    if reorder and not ctx.params["resume"]:
+        raise click.UsageError("--reorder-data is for a run that goes on: it needs --resume")
+    return reorder
+
+
+RESUME = click.option(
+    "--resume", is_flag=True, is_eager=True, help="Go on from the newest checkpoint of the run folder."
+)
 REORDER = click.option(
-    "--reorder-data", "reorder", is_flag=True, help="With --resume: though the samples come in another order now."
+    "--reorder-data",
+    "reorder",
+    is_flag=True,
+    callback=_of_a_run_that_goes_on,
+    help="With --resume: though the samples come in another order now.",
 )
 
 

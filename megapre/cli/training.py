@@ -32,8 +32,6 @@ def train(
     """
     from ..config import load, to_toml
 
-    if reorder and not resume:
-        raise click.UsageError("--reorder-data is for a run that goes on: it needs --resume")
     if dry_run:
         from ..observe import dry_run as dry
 
@@ -73,8 +71,6 @@ def launch_local(recipe: str, overrides: tuple[str, ...], nproc: int, resume: bo
     """
     from ..config import load
 
-    if reorder and not resume:
-        raise click.UsageError("--reorder-data is for a run that goes on: it needs --resume")
     if [recipe, *overrides[:1]] in Launcher.VERBS:
         if nproc == 0 or resume:
             raise click.UsageError(f"{recipe} {overrides[0]} needs --nproc, before it, and has nothing to resume")
