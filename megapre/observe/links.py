@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..config import Layout
 from ..plan import comm_profile
@@ -24,46 +25,43 @@ class Links:
 
 def links(named: str, gpu: str, layout: Layout, dp: int, messages: Link, tensor: Link | None) -> Links:
     """By the communication profile `named` ("" for none), of `gpu` as its driver calls it, in this layout of `dp`
-    replicas; where it says nothing, `messages` for stages and, unless these are measured, for replicas, and `tensor`
-    (None: nothing).
+    replicas; where it says nothing, `messages` for stages, what these take for replicas, and `tensor` (None: nothing).
     """
     here: dict[str, str | int] = {"hardware": gpu, "tp": layout.tp, "pp": layout.pp, "cp": layout.cp, "dp": dp}
-    file = comm_profile.path(named)
-    lines = []
+    file, lines, origin = comm_profile.path(named), [], "as given"
     if layout.pp > 1:
-        messages, source = _messages(named, here, messages)
-        lines.append(f"messages: {source}")
+        link, source = _messages(file, here) if named else (None, "")
+        lines.append(f"messages: {source if link else _instead(messages, origin, source)}")
+        if link is not None:
+            messages, origin = link, "as messages"
     replicas: Timed = messages
     if dp > 1:
         sums = ("reduce_scatter", "all_gather") if layout.shard_optimizer else ("all_reduce",)
         found, source = of_axis(file, here, "dp", sums) if named else (None, "")
         replicas = found or messages
-        lines.append(f"replicas: {source if found else _given(messages, source)}")
+        lines.append(f"replicas: {source if found else _instead(messages, origin, source)}")
     inside: Timed | None = tensor
     if layout.tp > 1:
         sums = ("all_gather", "reduce_scatter") if layout.sequence_parallel else ("all_reduce",)
         found, source = of_axis(file, here, "tp", sums) if named else (None, "")
         inside = found or tensor
-        lines.append(f"tensor-parallel ranks: {source if found else _given(tensor, source)}")
+        lines.append(f"tensor-parallel ranks: {source if found else _instead(tensor, 'as given', source)}")
     return Links(messages, replicas, inside, tuple(lines))
 
 
-def _messages(named: str, here: dict[str, str | int], otherwise: Link) -> tuple[Link, str]:
-    if not named:
-        return otherwise, _given(otherwise, "")
-    file = comm_profile.path(named)
+def _messages(file: Path, here: comm_profile.Key) -> tuple[Link | None, str]:
+    """(that between two stages in `file`, its numbers and date), or (None, why there is none)."""
     profile, why = comm_profile.find(file, here, "links")
     if profile is None:
-        return otherwise, _given(otherwise, why)
+        return None, why
     link = profile.links.get("pp", {}).get("send_recv")
     if link is None:
-        missing = f"{file} has no send_recv of the pp axis; `megapre bench comm --write-profile` measures it"
-        return otherwise, _given(otherwise, missing)
+        return None, f"{file} has no send_recv of the pp axis; `megapre bench comm --write-profile` measures it"
     return link, f"{_numbers(link)}, measured ({file} of {profile.made})"
 
 
-def _given(link: Link | None, why_not: str) -> str:
-    taken = "counted as nothing" if link is None else f"{_numbers(link)}, as given"
+def _instead(link: Link | None, origin: str, why_not: str) -> str:
+    taken = "counted as nothing" if link is None else f"{_numbers(link)}, {origin}"
     return f"{taken}; not measured: {why_not}" if why_not else taken
 
 

@@ -12,7 +12,7 @@ axes that vary faster (`megapre.mesh`: tp, cp, dp, pp): a profile counts for an 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Measured:
         return factor(ranks) * (a + (b - a) * (ranks - low) / (high - low))
 
 
-def around(ranks: int, sizes: Mapping[int, object] | Sequence[int]) -> tuple[int, int]:
+def around(ranks: int, sizes: Iterable[int]) -> tuple[int, int]:
     """The next smaller and larger of `sizes`; 0 where there is none."""
     return max((n for n in sizes if n < ranks), default=0), min((n for n in sizes if n > ranks), default=0)
 

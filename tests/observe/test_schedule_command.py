@@ -107,7 +107,7 @@ def test_compare_takes_the_measured_link_of_this_layout_alone(
     assert run(monkeypatch, *words, "--world", "512") == 0
     shown = capsys.readouterr().out
     assert "\nmessages: 42.1 GB/s + 25 us, measured" in shown
-    assert "\nreplicas: 42.1 GB/s + 25 us, as given; not measured: " in shown
+    assert "\nreplicas: 42.1 GB/s + 25 us, as messages; not measured: " in shown
     assert "\ntensor-parallel ranks: 300 GB/s + 10 us, as given; not measured: " in shown
     assert run(monkeypatch, *words, "--world", "256") == 0
     shown = capsys.readouterr().out
