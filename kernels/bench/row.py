@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from .timer import Beside, quantile
 
+EVERY = "every provider"
+"""In place of a provider's name, where a case failed before there was any."""
 OWN = ("triton", "cuda")
 """Implementations that are held to a goal beside the one in use."""
 
@@ -128,7 +130,7 @@ def hold(rows: Sequence[Row], goals: Goals) -> Iterator[Held]:
     for mode, wanted in goals.items():
         others = {row.provider: row for row in rows if row.mode == mode}
         for goal in wanted:
-            if goal.held and goal.held not in others and rows:
+            if goal.held and others and goal.held not in others:  # no others: the mode was not asked for
                 yield missed((rows[0].op, rows[0].shape), mode, goal)
             for row in others.values():
                 if row.provider == goal.held or (not goal.held and (row.in_use or row.provider in OWN)):

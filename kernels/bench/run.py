@@ -13,7 +13,7 @@ from .. import registry
 from .case import COMPILED, DTYPES, Case, Provider, implementations
 from .ceilings import Ceilings
 from .exact import OF_A_PEER, TOLERANCE, error, exact
-from .row import Goals, Held, Row, compare, hold, missed
+from .row import EVERY, Goals, Held, Row, compare, hold, missed
 from .timer import Prepare, Work, quantile, timer_of
 from .works import prepared
 
@@ -71,7 +71,7 @@ class Runner:
             self.case(case, plan.modes, budget, plan.goals)
             self._ahead.remove(plan)
         except Exception as failure:  # too large for the device, or the device is lost
-            self.rows.append(Row(*plan.title, "", "every provider", False, False, note=brief(failure)))
+            self.rows.append(Row(*plan.title, "", EVERY, False, False, note=brief(failure)))
 
     def case(
         self, case: Case, modes: Collection[str] = (), budget: float = float("inf"), goals: Goals | None = None

@@ -41,8 +41,8 @@ class Report:
 
 
 def run(request: Request, out: str | None = None, write_profile: bool = False) -> int:
-    """Measures, prints the table, writes the files. 0; 1 where one of our implementations failed or was wrong; 130
-    after Ctrl-C, with what was measured until then."""
+    """Measures, prints the table, writes the files. 0; 1 where one of our implementations failed or was wrong, or a
+    whole case did; 130 after Ctrl-C, with what was measured until then."""
     from rich.console import Console
 
     from . import bench_report
@@ -89,10 +89,14 @@ def run(request: Request, out: str | None = None, write_profile: bool = False) -
 
 
 def broken(row: Row) -> bool:
-    """Whether a kernel of ours, or what is in use, failed or computed something else. One may refuse a call by a
-    ValueError."""
-    ours = row.in_use or row.provider in ("native", "triton", "cuda")
-    return ours and bool(row.note) and not row.note.startswith(("skipped", "ValueError"))
+    """Whether a kernel of ours, or what is in use, failed or computed something else, or a whole case failed. One may
+    refuse a call by a ValueError, and a case be too large for the device.
+    """
+    from ..kernels.bench.row import EVERY
+
+    allowed = ("OutOfMemoryError",) if row.provider == EVERY else ("skipped", "ValueError")
+    ours = row.in_use or row.provider in ("native", "triton", "cuda", EVERY)
+    return ours and bool(row.note) and not row.note.startswith(allowed)
 
 
 def show(device: str) -> int:

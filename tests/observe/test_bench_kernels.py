@@ -18,7 +18,7 @@ from megapre.config import load
 from megapre.errors import UserError
 from megapre.kernels import profile
 from megapre.kernels.bench import cases, sets
-from megapre.kernels.bench.row import Goal, Row, compare, hold
+from megapre.kernels.bench.row import EVERY, Goal, Row, compare, hold
 from megapre.observe import bench_kernels, bench_report, bench_request
 from megapre.observe.bench_request import Request
 
@@ -194,6 +194,8 @@ def test_only_a_failure_of_ours_fails_a_run() -> None:
         assert not bench_kernels.broken(row("sdpa", told)), "torch's, unless it is what runs"
     for told in ("", "skipped: the budget is spent", "ValueError: head dim 512"):
         assert not bench_kernels.broken(row("triton", told))
+    assert bench_kernels.broken(row(EVERY, "AcceleratorError: CUDA error: an illegal memory access was encountered"))
+    assert not bench_kernels.broken(row(EVERY, "OutOfMemoryError: CUDA out of memory."))
 
 
 def test_a_gpus_table_has_graphs_memory_errors_and_goals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
