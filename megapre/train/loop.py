@@ -87,7 +87,8 @@ def _run(cfg: Config, resume: bool, here: Place, device: torch.device, reorder: 
         with together(ranks), first_alone(ranks):  # which writes the index files of the samples
             loader = build_loader(cfg, "train", dp.index, dp.size, progress.consumed_samples)
             valid = build_loader(cfg, "valid", dp.index, dp.size) if cfg.run.eval_every else None
-        folder.begin(cfg, plan.as_json(), tokenizer)
+        with together(ranks):
+            folder.begin(cfg, plan.as_json(), tokenizer)
         if cfg.layout.comm_profile:
             screen.say(f"communication profile {chosen.state}")
         screen.say(box(plan, engine.ops.names, str(folder.path)))

@@ -1,5 +1,6 @@
 """A run on several ranks: the same run as on one, in one folder, stopped and resumed together."""
 
+import errno
 import json
 import os
 import signal
@@ -193,6 +194,24 @@ def test_what_some_ranks_refuse_is_told_once_with_their_numbers(
 ) -> None:
     cfg = tiny("layout.dp=3", "batch.micro=1", "batch.global=6")
     assert run_on(3, refused, cfg, where, texts) == [f"RanksError: {told}"] * 3
+    assert not (tmp_path / "run").exists()
+
+
+def without_room(cfg: Config) -> str:
+    """What a rank is told where the first one cannot write the run folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        full = OSError(errno.ENOSPC, "No space left on device", "config.toml")
+        patch.setattr(loop.RunFolder, "write_json", create_autospec(loop.RunFolder.write_json, side_effect=full))
+        try:
+            train(cfg)
+        except UserError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_full_disk_is_told_to_all(run_on: RunOn, tiny: Tiny, tmp_path: Path) -> None:
+    first, second = run_on(2, without_room, tiny("layout.dp=2", "batch.micro=1"))
+    assert first == second == "RanksError: rank 0: [Errno 28] No space left on device: 'config.toml'"
     assert not (tmp_path / "run").exists()
 
 
