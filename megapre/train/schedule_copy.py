@@ -43,9 +43,8 @@ def difference(before: str, now: str) -> str:
         content, then = _content(before), read(before)
     except ScheduleError as error:
         return f"{before} -> {now} (the copy in the run folder cannot be compared: {error})"
-    copied = re.fullmatch(
-        r"schedule-([0-9a-f]{8})\.txt", Path(before).name
-    )  # a run of before there were copies has none
+    # A run of before there were copies has none.
+    copied = re.fullmatch(r"schedule-([0-9a-f]{8})\.txt", Path(before).name)
     if copied and copied[1] != (found := _digest(content)):
         return f"{before} -> {now} (the copy in the run folder was edited: sha256 {copied[1]} -> {found})"
     table = read(now)

@@ -133,9 +133,8 @@ class Engine:
         self.stages = [Stage(model, self.feed, self.flat, cfg.run.compile) for model in self.models]
         pipes = None
         if groups.pp.size > 1:
-            patience = 0.8 * cfg.comm.timeouts.get(
-                "send", cfg.comm.timeout
-            )  # it knows what it waits for; groups do not
+            # Shorter than that of the groups, which do not know what they wait for.
+            patience = 0.8 * cfg.comm.timeouts.get("send", cfg.comm.timeout)
             pipes = Pipes(groups, stream_shape(cfg, groups), DTYPES[cfg.run.dtype], patience)
         self.executor = Executor(plan, self.stages, pipes)
         self.evaluator = Executor(plan, self.stages, pipes, evaluation=True)
