@@ -187,6 +187,9 @@ def run_part(part: Part, log: Path, limit_s: float) -> Outcome:
         except subprocess.TimeoutExpired:
             stop(process)
             status = "timed out"
+        except BaseException:  # Ctrl-C reaches this process alone
+            stop(process)
+            raise
     return Outcome(part.name, status, round(time.monotonic() - start, 1), last_line(log))
 
 

@@ -94,7 +94,13 @@ def main() -> int:
     names = collect(arguments.root, arguments.mark, arguments.paths)
     parts = shares(names, arguments.jobs)
     running = [start(arguments.root, share, number, out) for number, share in enumerate(parts)]
-    in_time = wait(running, arguments.seconds - (time.monotonic() - begin))
+    try:
+        in_time = wait(running, arguments.seconds - (time.monotonic() - begin))
+    except BaseException:  # an interrupt reaches this process alone
+        for process in running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        raise
     counts, failed = results(out, len(parts))
     for name in failed:
         print("FAILED", name)

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -134,6 +136,40 @@ def test_tests_that_did_not_end_in_time_are_counted(tmp_path: Path) -> None:
     )
     assert done.returncode == 1, done.stderr
     assert "1 passed, 0 failed, 0 skipped, 2 of 3 not run: time was up" in done.stdout
+
+
+ONE_PART = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "benchmarks")
+import gpu_check
+code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+gpu_check.run_part(gpu_check.Part("endless", "", 60, 1, [sys.executable, "-c", code]), Path(sys.argv[1]), 60)
+"""
+
+
+@pytest.mark.parametrize("what", ["a part", "tests"])
+def test_an_interrupt_leaves_nothing_running(what: str, tmp_path: Path) -> None:
+    """What they start leads sessions of its own, so that the terminal's Ctrl-C does not reach it."""
+    said = tmp_path / "said"
+    if what == "a part":
+        command = ["-c", ONE_PART, str(said)]
+    else:
+        body = f"import os, time\ndef test_a():\n    open({str(said)!r}, 'w').write(f'{{os.getpid()}}\\n')\n"
+        (tmp_path / "test_endless.py").write_text(f"{body}    time.sleep(600)\n")
+        command = ["benchmarks/gpu_tests.py", "--jobs=1", "--mark=not gpu", f"--out={tmp_path / 'out'}"]
+        command += [f"--root={tmp_path}", "."]
+    running = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    end = time.monotonic() + 60
+    while not (said.exists() and said.read_text().endswith("\n")):
+        assert time.monotonic() < end and running.poll() is None, "it never began"
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=30)
+    started = Path(f"/proc/{said.read_text().strip()}/stat")
+    while started.exists() and started.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end, "what it started lives on"
+        time.sleep(0.05)
 
 
 def test_kernels_compile_into_tritons_cache_without_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
