@@ -13,7 +13,7 @@ def bench() -> None:
     """Time what runs."""
 
 
-@bench.command("step", cls=WithKnobs)
+@bench.command("step", cls=WithKnobs, short_help="Time the real training step of RECIPE.")
 @RECIPE
 @OVERRIDES
 @click.option("--steps", default=10, show_default=True, type=click.IntRange(1), help="Timed steps.")
@@ -29,7 +29,7 @@ def bench_step(recipe: str, overrides: tuple[str, ...], steps: int, warmup: int,
     bench.step(cfg, steps=steps, warmup=warmup, json_path=json_path)
 
 
-@bench.command("kernels")
+@bench.command("kernels", short_help="Time kernels against their peers and the machine.")
 @click.argument("ops", nargs=-1, metavar="[OP]...")
 @click.option(
     "--shape",

@@ -10,7 +10,7 @@ OUT = "Folder for {}_<hardware>_<ranks>_<date>.json, .md."
 PROFILE = click.option("--profile", default="", help="The file.  [default: ~/.config/megapre/comm-profile.json]")
 
 
-@click.command("comm", cls=WithKnobs)
+@click.command("comm", cls=WithKnobs, short_help="Time collectives; tell latency and bandwidth.")
 @click.argument("recipe", required=False)
 @OVERRIDES
 @click.option("--layout", default="", help="Instead of a recipe's, as in tp=2,pp=2; dp is what is left.")
@@ -68,7 +68,7 @@ def tune() -> None:
     """Find the settings that are fastest here."""
 
 
-@tune.command("comm", cls=WithKnobs)
+@tune.command("comm", cls=WithKnobs, short_help="Find the fastest settings of communication.")
 @RECIPE
 @OVERRIDES
 @click.option("--only", default="", help="communicators, buckets, products; with commas.  [default: what there is]")

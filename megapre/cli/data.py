@@ -55,7 +55,7 @@ def tokenizer() -> None:
     """Train tokenizers."""
 
 
-@tokenizer.command("train")
+@tokenizer.command("train", short_help="Train a tokenizer on text.")
 @INPUTS
 @click.option("--kind", type=click.Choice(["bpe", "sentencepiece"]), default="bpe", show_default=True, help=KIND)
 @click.option("--vocab-size", required=True, type=click.IntRange(1), help="Tokens, special ones included.")

@@ -27,7 +27,7 @@ def _sized(command: Callable[..., int]) -> Callable[..., int]:
     return command
 
 
-@click.group()
+@click.group(short_help="Draw, check and compare pipeline schedules.")
 def schedule() -> None:
     """Draw, check and compare the orders of micro-batches in a pipeline."""
 
@@ -70,7 +70,7 @@ def schedule_show(
     )
 
 
-@schedule.command("check")
+@schedule.command("check", short_help="Say whether SCHEDULE is complete and cannot deadlock.")
 @SCHEDULE
 @_sized
 @click.option("--in-flight", type=click.IntRange(1), help="Most activations that a rank may hold.")
@@ -91,7 +91,7 @@ def schedule_check(
     return schedules.check(found, in_flight=in_flight, unreceived=unreceived)
 
 
-@schedule.command("compare", cls=WithKnobs)
+@schedule.command("compare", cls=WithKnobs, short_help="Bubble, memory and messages of all schedules.")
 @click.argument("recipe", required=False)
 @OVERRIDES
 @click.option("--ranks", default=0, type=click.IntRange(0), help="Of the pipeline.  [default: layout.pp, or 4]")

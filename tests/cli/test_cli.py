@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import create_autospec
 
+import click
 import pytest
 
 import megapre.data.tokenize
@@ -347,3 +348,13 @@ def test_an_error_that_all_ranks_have_is_told_by_the_first(
     )
     assert run("train", "debug") == 2
     assert capsys.readouterr().err == told
+
+
+def test_what_help_says_of_a_verb_is_whole() -> None:
+    groups: list[tuple[click.Group, click.Context]] = [(cli.cli, click.Context(cli.cli, info_name="megapre"))]
+    for group, context in groups:
+        shown = group.get_help(context).partition("Commands:")[2].splitlines()
+        assert shown and not [line for line in shown if line.endswith("...")]
+        inside = [(verb, click.Context(verb, context)) for verb in group.commands.values()]
+        groups += [(verb, of) for verb, of in inside if isinstance(verb, click.Group)]
+    assert len(groups) >= 6
