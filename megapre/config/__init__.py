@@ -9,10 +9,25 @@ A `Config` is frozen and always consistent: the rules of `rules.py` hold for eve
 from .describe import Knob, describe, help_text, reference
 from .errors import ConfigError
 from .load import load, recipe_names
-from .schema import Batch, Checkpoint, Comm, Config, Data, Layout, Model, Optim, RopeScaling, Run, Source, Stage
+from .schema import (
+    GPT2_VOCAB,
+    Batch,
+    Checkpoint,
+    Comm,
+    Config,
+    Data,
+    Layout,
+    Model,
+    Optim,
+    RopeScaling,
+    Run,
+    Source,
+    Stage,
+)
 from .toml import to_toml
 
 __all__ = [
+    "GPT2_VOCAB",
     "Batch",
     "Checkpoint",
     "Comm",

@@ -339,6 +339,10 @@ class Run(Section):
     )
 
 
+GPT2_VOCAB = 50257
+"""Stands in for a vocabulary that a recipe leaves to data that are not there, where only sizes matter."""
+
+
 class Config(Section):
     """One run, whole. Raises `ValueError` (through pydantic) with all problems unless every rule holds."""
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ..kernels.bench.run import Plan
 
 DEFAULT_SHAPE = "gpt2-124m"
-VOCAB = 50257  # of a recipe that leaves its vocabulary to the data: GPT-2's
 
 
 class BenchRequestError(UserError):
@@ -159,9 +158,10 @@ def parse(text: str) -> dict[str, int]:
 
 def of_model(cfg: Config, tokens: int) -> dict[str, int]:
     """The sizes of a recipe's model at about this many tokens, in rows as long as the recipe trains."""
+    from ..config import GPT2_VOCAB
     from ..plan import count
 
-    model = cfg.model if cfg.model.vocab else cfg.with_vocab(VOCAB).model
+    model = cfg.model if cfg.model.vocab else cfg.with_vocab(GPT2_VOCAB).model
     length = min(cfg.batch.seq_length, tokens)
     batch = max(tokens // length, 1)
     return {

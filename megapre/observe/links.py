@@ -56,7 +56,7 @@ def _messages(file: Path, here: comm_profile.Key) -> tuple[Link | None, str]:
         return None, why
     link = profile.links.get("pp", {}).get("send_recv")
     if link is None:
-        return None, f"{file} has no send_recv of the pp axis; `megapre bench comm --write-profile` measures it"
+        return None, f"{file} has no send_recv of the pp axis; `{comm_profile.COMMANDS['links']}` measures it"
     return link, f"{_numbers(link)}, measured ({file} of {profile.made})"
 
 

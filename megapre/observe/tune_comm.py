@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config
+from ..config import GPT2_VOCAB, Config
 from ..data import with_vocab_of_data
 from ..plan import comm_profile
 from ..plan.paired import ERROR, MARGIN, ROUNDS, Verdict, best, compare
@@ -39,8 +39,6 @@ COMMUNICATORS: Mapping[str, Mapping[str, Any]] = {
     "high priority": {"high_priority": True},
 }
 """Options by name (parallel.comm.Options). More CTAs move more bytes; fewer leave more of the GPU to products."""
-VOCAB = 50257
-"""GPT-2's, for a recipe that leaves its vocabulary to data that are not there."""
 MOST_BUCKETS = 64
 MEMORY = 0.5  # of the device, for all candidates of a comparison together
 LEAST = 0.02  # seconds that one candidate's turn lasts
@@ -82,7 +80,7 @@ def run(cfg: Config, request: Request, out: str | None = None, profile: str = ""
         raise BenchCommError(f"tune comm: there is no {', '.join(unknown)}; there are {', '.join(PARTS)}")
     cfg = with_vocab_of_data(cfg)
     if not cfg.model.vocab:
-        cfg = cfg.with_vocab(VOCAB)
+        cfg = cfg.with_vocab(GPT2_VOCAB)
     return on_ranks("tune", cfg.layout, cfg.run, cfg.comm, lambda ranks: _run(cfg, request, ranks, out, profile))
 
 

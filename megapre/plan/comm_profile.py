@@ -38,6 +38,9 @@ AUTO = "auto"
 Key = Mapping[str, str | int]
 Links = Mapping[str, Mapping[str, Link]]
 """axis -> collective -> link."""
+What = Literal["links", "chosen"]
+COMMANDS: Mapping[What, str] = {"links": "megapre bench comm --write-profile", "chosen": "megapre tune comm"}
+"""By what a profile may have: what writes it."""
 
 
 @dataclass(frozen=True)
@@ -60,32 +63,28 @@ def path(named: str = "") -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "megapre" / "comm-profile.json"
 
 
-def find(file: Path, here: Key, what: Literal["links", "chosen"]) -> tuple[Profile | None, str]:
+def find(file: Path, here: Key, what: What) -> tuple[Profile | None, str]:
     """(the newest profile in `file` that has `what`, and whose key has all that `here` has; why there is none)."""
-    found, why = profiles(file)
+    found, why = profiles(file, what)
     if why:
         return None, why
-    having = [profile for profile in found if profile.chosen is not None or what == "links"]
-    having = [profile for profile in having if profile.links or what == "chosen"]
-    for profile in reversed(having):
+    for profile in reversed(found):
         if not _differences(profile.key, here):
             return profile, ""
-    command = "megapre tune comm" if what == "chosen" else "megapre bench comm --write-profile"
-    if not having:
-        return None, f"{file} has nothing of that kind; `{command}` measures it"
-    closest = min((_differences(profile.key, here) for profile in reversed(having)), key=len)
-    return None, f"{file} was measured elsewhere: {'; '.join(closest)}; measure again with `{command}`"
+    closest = min((_differences(profile.key, here) for profile in reversed(found)), key=len)
+    return None, f"{file} was measured elsewhere: {'; '.join(closest)}; measure again with `{COMMANDS[what]}`"
 
 
-def profiles(file: Path) -> tuple[list[Profile], str]:
-    """(those in `file`, oldest first; why there are none)."""
+def profiles(file: Path, what: What) -> tuple[list[Profile], str]:
+    """(those in `file` that have `what`, oldest first; why there are none)."""
     try:
         found = read(file)
     except FileNotFoundError:
-        return [], f"there is no {file}; `megapre tune comm` makes one"
+        return [], f"there is no {file}; `{COMMANDS[what]}` makes one"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return [], f"{file} cannot be read as a profile ({type(error).__name__}: {error}); write it again"
-    return found, "" if found else f"{file} is empty"
+    having = [profile for profile in found if (profile.links if what == "links" else profile.chosen is not None)]
+    return having, "" if having else f"{file} has nothing of that kind; `{COMMANDS[what]}` measures it"
 
 
 def _differences(there: Key, here: Key) -> list[str]:

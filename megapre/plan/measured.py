@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .comm_profile import Key, profiles
+from .comm_profile import COMMANDS, Key, profiles
 from .link import FACTORS, Link
 
 FASTER = {"tp": (), "cp": ("tp",), "dp": ("tp", "cp"), "pp": ("tp", "cp", "dp")}
@@ -51,7 +51,7 @@ def of_axis(file: Path, here: Key, axis: str, collectives: Sequence[str]) -> tup
     `here` has the hardware and the sizes of tp, pp, cp and dp. Of several profiles that of just this layout counts,
     then the newest.
     """
-    found, why = profiles(file)
+    found, why = profiles(file, "links")
     if why:
         return None, why
     alike = [p for p in found if all(p.key.get(name) == here[name] for name in ("hardware", *FASTER[axis]))]
@@ -69,7 +69,7 @@ def of_axis(file: Path, here: Key, axis: str, collectives: Sequence[str]) -> tup
         there = f" (there are those of {', '.join(map(str, sorted(by_ranks)))})" if by_ranks else ""
         return None, (
             f"{file} has no {' and '.join(collectives)} of {axis} {wanted} on {here['hardware']}{faster}{there}; "
-            f"`megapre bench comm --write-profile` measures them"
+            f"`{COMMANDS['links']}` measures them"
         )
     days = ", ".join(dict.fromkeys(made[ranks] for ranks in used))
     between = "" if len(used) == 1 else "interpolated between those "

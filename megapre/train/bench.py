@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megapre import __version__
+from megapre.config import GPT2_VOCAB
 from megapre.data import GlobalBatch, MicroBatch, build_loader
 from megapre.optim.schedules import lr_at
 from megapre.parallel.comm import blaming_others, first_alone, gathered, join, leave, place, together
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
     from megapre.config import Config
     from megapre.parallel.comm import Place
-
-VOCAB = 50257  # of made-up tokens when the recipe leaves the vocabulary to its data: GPT-2's
 
 
 def step(cfg: Config, steps: int = 10, warmup: int = 3, json_path: str | Path | None = None) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def _step(cfg: Config, steps: int, warmup: int, here: Place, device: torch.devic
     if real:
         cfg, _ = settle(cfg)
     else:
-        cfg = cfg if cfg.model.vocab else cfg.with_vocab(VOCAB)
+        cfg = cfg if cfg.model.vocab else cfg.with_vocab(GPT2_VOCAB)
     chosen = tuned(cfg, here, device)
     if here.rank == 0 and cfg.layout.comm_profile:
         print(f"communication profile {chosen.state}")

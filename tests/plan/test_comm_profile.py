@@ -91,8 +91,8 @@ def test_a_choice_of_before_its_work_was_known_is_refused_in_numbers(file: Path)
 
 
 def test_nothing_there_says_what_makes_one(file: Path) -> None:
-    profile, why = find(file, KEY, "links")
-    assert profile is None and "`megapre tune comm` makes one" in why
+    assert find(file, KEY, "links") == (None, f"there is no {file}; `megapre bench comm --write-profile` makes one")
+    assert find(file, KEY, "chosen") == (None, f"there is no {file}; `megapre tune comm` makes one")
 
 
 def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,10 @@ def test_of_several_profiles_that_of_this_layout_counts_and_then_the_newest(tmp_
 
 def test_what_was_not_measured_is_said_in_numbers(tmp_path: Path) -> None:
     file = tmp_path / "p.json"
-    assert of_axis(file, HERE, "dp", ["all_reduce"])[1].startswith(f"there is no {file}")
+    assert (
+        of_axis(file, HERE, "dp", ["all_reduce"])[1]
+        == f"there is no {file}; `megapre bench comm --write-profile` makes one"
+    )
     write(file, {**HERE, "dp": 2}, {"dp": {"all_reduce": Link(1, 1.0)}, "tp": {"all_gather": Link(1, 1.0)}})
     write(file, {**HERE, "dp": 4}, {"dp": {"all_reduce": Link(1, 1.0)}})
     found, why = of_axis(file, HERE, "dp", ["all_reduce"])
