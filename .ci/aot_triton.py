@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -186,33 +186,46 @@ def recording(launches: list[Launch]) -> Iterator[None]:
         JITFunction.run = original
 
 
-def specialize(fn: JITFunction, values: dict[str, Any]) -> tuple[dict[str, str], dict, dict]:
-    """(signature, constants, attributes) as Triton makes them from the arguments of a launch."""
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(fn.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i64" if abs(value) >= 2**31 else "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+def specialize(fn: JITFunction, values: dict[str, Any]) -> tuple[dict[str, Any], dict, dict]:
+    """(signature, constants, attributes) as Triton makes them from the arguments of a launch; of the members of a tuple
+    as of arguments."""
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def form(value: Any, place: tuple[int, ...], parameter: Any) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*(form(member, (*place, index), parameter) for index, member in enumerate(value)))
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            attributes[place] = [["tt.divisibility", 16]]
+            return POINTERS[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0 and not parameter.do_not_specialize:
+            attributes[place] = [["tt.divisibility", 16]]
+        return "i64" if abs(value) >= 2**31 else "i32"
+
+    signature = {p.name: form(values[p.name], (index,), p) for index, p in enumerate(fn.params)}
     return signature, constants, attributes
 
 
+def flat(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, and of tuples their members."""
+    for value in values:
+        yield from flat(value) if isinstance(value, tuple) else (value,)
+
+
 def label_of(fn: JITFunction, values: dict[str, Any], options: dict[str, Any]) -> str:
-    """The kernel with its constants and the dtype of its first tensor: what tells its compiled forms apart."""
-    dtype = str(next(v.dtype for v in values.values() if isinstance(v, torch.Tensor))).removeprefix("torch.")
+    """The kernel with its constants, the arguments left out and the dtype of its first tensor: what tells its compiled
+    forms apart."""
+    dtype = str(next(v.dtype for v in flat(values.values()) if isinstance(v, torch.Tensor))).removeprefix("torch.")
     flags = [
         (p.name if values[p.name] is True else f"{p.name}={values[p.name]}")
         for p in fn.params
-        if p.is_constexpr and values[p.name] is not False
+        if values[p.name] is None or (p.is_constexpr and values[p.name] is not False)
     ]
     return f"{fn.__name__}[{dtype} {' '.join([*flags, *(f'{k}={v}' for k, v in sorted(options.items()))])}]"
 

@@ -19,7 +19,7 @@ are no blocks to walk. Scalars of the launch are fp32; 1 - b and log b are round
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,6 +29,19 @@ from torch import Tensor
 from .launch import ceil_div, multiprocessors
 
 RESIDENT = 8  # programs of a multiprocessor
+
+
+class Average(NamedTuple):
+    """Of a moment: beta, 1 - beta and log beta."""
+
+    beta: float
+    rest: float
+    log_beta: float
+
+
+def average(beta: float) -> Average:
+    """What the kernels are told of a beta in [0, 1)."""
+    return Average(beta, 1.0 - beta, math.log(beta) if beta else -math.inf)
 
 
 @triton.jit
@@ -47,18 +60,18 @@ def one_minus_exp(y):
 @triton.jit
 def adamw_kernel(
     param, master, exp_avg, exp_avg_sq, grad, lr_at, step_at, scale_at, found_inf_at, count,
-    beta1, rest1, log_beta1, beta2, rest2, log_beta2, eps, weight_decay,
-    SCALED: tl.constexpr, GUARDED: tl.constexpr, SEPARATE: tl.constexpr, BLOCK: tl.constexpr,
+    first, second, eps, weight_decay, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """`param` is None where the master is it; `first` and `second` are the `Average` of the moments."""
     blocks = tl.cdiv(tl.cast(count, tl.int64), BLOCK)  # count + BLOCK - 1 may pass 2^31
-    if GUARDED:
+    if found_inf_at is not None:
         blocks = tl.where(tl.load(found_inf_at) != 0, 0, blocks)
     lr = tl.load(lr_at).to(tl.float32)
     step = tl.load(step_at).to(tl.float32)
     decay = 1.0 - lr * weight_decay
-    rate = lr / one_minus_exp(step * log_beta1)
-    inverse2 = 1.0 / one_minus_exp(step * log_beta2)
-    if SCALED:
+    rate = lr / one_minus_exp(step * first.log_beta)
+    inverse2 = 1.0 / one_minus_exp(step * second.log_beta)
+    if scale_at is not None:
         scale = tl.load(scale_at).to(tl.float32)
     lane = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
@@ -68,15 +81,15 @@ def adamw_kernel(
         m = tl.load(exp_avg + at, mask=inside, other=0.0)
         v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
         p = tl.load(master + at, mask=inside, other=0.0)
-        if SCALED:
+        if scale_at is not None:
             g = g * scale
-        m = beta1 * m + rest1 * g
-        v = beta2 * v + rest2 * g * g
+        m = first.beta * m + first.rest * g
+        v = second.beta * v + second.rest * g * g
         p = p * decay - rate * m / (tl.sqrt(v * inverse2) + eps)
         tl.store(exp_avg + at, m, mask=inside)
         tl.store(exp_avg_sq + at, v, mask=inside)
         tl.store(master + at, p, mask=inside)
-        if SEPARATE:
+        if param is not None:
             tl.store(param + at, p.to(param.dtype.element_ty), mask=inside)
 
 
@@ -104,11 +117,8 @@ def step_(
     count = master.numel()
     if count:
         block = 1024
+        separate = param.dtype != master.dtype or param.data_ptr() != master.data_ptr()
         adamw_kernel[(min(ceil_div(count, block), RESIDENT * multiprocessors(master.device)),)](
-            param, master, exp_avg, exp_avg_sq, grad, lr, step, lr if grad_scale is None else grad_scale,
-            lr if found_inf is None else found_inf, count,
-            beta1, 1.0 - beta1, math.log(beta1) if beta1 else -math.inf,
-            beta2, 1.0 - beta2, math.log(beta2) if beta2 else -math.inf, eps, weight_decay,
-            SCALED=grad_scale is not None, GUARDED=found_inf is not None,
-            SEPARATE=param.dtype != master.dtype or param.data_ptr() != master.data_ptr(), BLOCK=block, num_warps=4,
+            param if separate else None, master, exp_avg, exp_avg_sq, grad, lr, step, grad_scale, found_inf, count,
+            average(beta1), average(beta2), eps, weight_decay, BLOCK=block, num_warps=4,
         )  # fmt: skip

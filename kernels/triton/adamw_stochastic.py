@@ -18,7 +18,6 @@ half and of its second half. A tile is that: [counters, 4] elements of either ha
 the 4 neighbours of its words, and neither bits nor elements change hands.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..philox import GROUP
-from .adamw import RESIDENT, one_minus_exp
+from .adamw import RESIDENT, average, one_minus_exp
 from .launch import ceil_div, multiprocessors
 
 
@@ -49,19 +48,18 @@ def _rounded(x, bits):
 @triton.jit
 def adamw_stochastic_kernel(
     param, exp_avg, exp_avg_sq, grad, lr_at, step_at, scale_at, found_inf_at, count, first_group, skew, key0, key1,
-    beta1, rest1, log_beta1, beta2, rest2, log_beta2, eps, weight_decay,
-    SCALED: tl.constexpr, GUARDED: tl.constexpr, BF16_MOMENTS: tl.constexpr, COUNTERS: tl.constexpr,
+    first, second, eps, weight_decay, BF16_MOMENTS: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
     """`count` elements, the first of which is number `skew` of group `first_group`."""
     blocks = tl.cdiv(tl.cast(count, tl.int64) + skew, 8 * COUNTERS)
-    if GUARDED:
+    if found_inf_at is not None:
         blocks = tl.where(tl.load(found_inf_at) != 0, 0, blocks)
     lr = tl.load(lr_at).to(tl.float32)
     step = tl.load(step_at)
     decay = 1.0 - lr * weight_decay
-    rate = lr / one_minus_exp(step.to(tl.float32) * log_beta1)
-    inverse2 = 1.0 / one_minus_exp(step.to(tl.float32) * log_beta2)
-    if SCALED:
+    rate = lr / one_minus_exp(step.to(tl.float32) * first.log_beta)
+    inverse2 = 1.0 / one_minus_exp(step.to(tl.float32) * second.log_beta)
+    if scale_at is not None:
         scale = tl.load(scale_at).to(tl.float32)
     key0 = tl.cast(key0, tl.int32).to(tl.uint32, bitcast=True)
     key1 = tl.cast(key1, tl.int32).to(tl.uint32, bitcast=True)
@@ -84,10 +82,10 @@ def adamw_stochastic_kernel(
             m = tl.load(exp_avg + at, mask=inside, other=0.0).to(tl.float32)
             v = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32)
             p = tl.load(param + at, mask=inside, other=0.0).to(tl.float32)
-            if SCALED:
+            if scale_at is not None:
                 g = g * scale
-            m = beta1 * m + rest1 * g
-            v = beta2 * v + rest2 * g * g
+            m = first.beta * m + first.rest * g
+            v = second.beta * v + second.rest * g * g
             p = p * decay - rate * m / (tl.sqrt(v * inverse2) + eps)
             if half == 0:
                 tl.store(param + at, _rounded(p, _bits(p0, p1, quarter)), mask=inside)
@@ -125,10 +123,8 @@ def step_(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, *tol
         counters = 128
         blocks = ceil_div(count + skew, 8 * counters)
         adamw_stochastic_kernel[(min(blocks, RESIDENT * multiprocessors(param.device)),)](
-            param, exp_avg, exp_avg_sq, grad, lr, step, lr if grad_scale is None else grad_scale,
-            lr if found_inf is None else found_inf, count, offset // GROUP, skew, _signed(seed), _signed(seed >> 32),
-            beta1, 1.0 - beta1, math.log(beta1) if beta1 else -math.inf,
-            beta2, 1.0 - beta2, math.log(beta2) if beta2 else -math.inf, eps, weight_decay,
-            SCALED=grad_scale is not None, GUARDED=found_inf is not None,
+            param, exp_avg, exp_avg_sq, grad, lr, step, grad_scale, found_inf,
+            count, offset // GROUP, skew, _signed(seed), _signed(seed >> 32),
+            average(beta1), average(beta2), eps, weight_decay,
             BF16_MOMENTS=exp_avg.dtype == torch.bfloat16, COUNTERS=counters, num_warps=4,
         )  # fmt: skip
