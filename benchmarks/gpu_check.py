@@ -11,7 +11,8 @@ next. The summary is written after every part, so a run that is cut off keeps wh
     benchmarks/results/gpu_check_<hardware>_<date>_logs/*.log    what each part printed (not for the repository)
     benchmarks/results/{kernels,train_step}_*<hardware>_<date>.*  written by the parts themselves
 
-Exit status: 0 when every part that was asked for passed, 1 otherwise, 2 when there is no usable GPU.
+Exit status: 0 when every part that was asked for passed, 1 otherwise, 2 when there is no usable GPU,
+with the reason.
 """
 
 from __future__ import annotations
@@ -61,13 +62,27 @@ class Outcome:
     note: str
 
 
-def hardware() -> dict[str, str | int]:
-    """The GPU and the software under it, as the machine's own torch reports them."""
-    import torch
-    import triton
+ANOTHER = "choose a python with a CUDA build of torch and Triton, as in make gpu-check PYTHON=.venv/bin/python"
 
+
+class NoGpu(Exception):
+    """This machine, or this interpreter, has nothing to check; the message says what would work."""
+
+
+def hardware() -> dict[str, str | int]:
+    """The GPU and the software under it, as its own torch reports them. NoGpu where there is none to check."""
+    try:
+        import torch
+    except ImportError as error:
+        raise NoGpu(f"{PYTHON} has no usable torch ({error}): {ANOTHER}") from None
+    if torch.version.cuda is None:
+        raise NoGpu(f"torch {torch.__version__} of {PYTHON} is built for the CPU alone: {ANOTHER}")
     if not torch.cuda.is_available():
-        raise SystemExit(2)
+        raise NoGpu(f"torch {torch.__version__} of {PYTHON} finds no GPU: see what nvidia-smi says")
+    try:
+        import triton
+    except ImportError as error:
+        raise NoGpu(f"{PYTHON} has no usable Triton ({error}): {ANOTHER}") from None
     gpu = torch.cuda.get_device_properties(0)
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
     return {
@@ -235,7 +250,11 @@ def main() -> int:
         parser.error(f"unknown parts {unknown}; there are {names}")
 
     deadline = time.monotonic() + arguments.limit
-    machine = hardware()
+    try:
+        machine = hardware()
+    except NoGpu as why:
+        print(f"gpu-check: {why}", file=sys.stderr)
+        return 2
     out = arguments.out.resolve()
     hardware_slug = re.sub(r"[^a-z0-9]+", "-", str(machine["gpu"]).lower()).strip("-")
     stem = f"gpu_check_{hardware_slug}_{datetime.date.today().isoformat()}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"gpu": "A Fake GPU", "memory_bytes": 1, "torch": "2.13.0"}
@@ -95,6 +96,42 @@ def test_parts_are_chosen_by_name_and_their_commands_are_there(
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--parts=d"])
     with pytest.raises(SystemExit):
         check.main()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "missing", "reason"),
+    [
+        (None, "torch", "has no usable torch (import of torch halted"),
+        (None, "", "is built for the CPU alone: choose a python with a CUDA build of torch and Triton"),
+        ("13.0", "", "finds no GPU: see what nvidia-smi says"),
+    ],
+)
+def test_a_machine_without_a_gpu_is_told_why_in_one_line(
+    cuda: str | None,
+    missing: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", f"--out={tmp_path}"])
+    assert script("gpu_check").main() == 2
+    said = capsys.readouterr().err
+    assert reason in said and said.count("\n") == 1 and sys.executable in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_without_triton_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    check = script("gpu_check")
+    with pytest.raises(check.NoGpu, match=r"has no usable Triton .* make gpu-check PYTHON=\.venv/bin/python"):
+        check.hardware()
 
 
 FILES = {
