@@ -41,6 +41,9 @@ def train(
     if print_config:
         click.echo(to_toml(cfg), nl=False)
         return 0
+    from ..train.moved import refuse_moved
+
+    refuse_moved(recipe, cfg, overrides)
     from ..train import loop
 
     return loop.run(cfg, resume=resume, reorder=reorder)

@@ -13,6 +13,7 @@ from megapre.plan.partition import schedule_of
 from megapre.train import cpu_runtime
 from megapre.train.changes import changes
 from megapre.train.folder import RunFolder, newest_checkpoint
+from megapre.train.moved import refuse_moved
 from megapre.train.settle import settle
 
 from .processes import REFUSED, STOPPED, launch
@@ -32,9 +33,10 @@ def run(
     `grace`: seconds that the ranks have to save and end once asked to. Returns the exit code of megapre.train.loop.run.
     What arithmetic and the file system can tell is told once, before anything starts or is written. Raises MeshError
     where the layout cannot be cut out of `nproc` ranks, ConfigError where the batch cannot be cut, ScheduleError for
-    what is no schedule of the layout, RunFolderError where a run is there already, DataError for data that are missing
-    or broken, ResumeError where it cannot go on with `cfg`.
+    what is no schedule of the layout, RunFolderError where a run is there already or the recipe's was moved,
+    DataError for data that are missing or broken, ResumeError where it cannot go on with `cfg`.
     """
+    refuse_moved(recipe, cfg, overrides)
     nproc = nproc or cfg.layout.model_parallel * max(cfg.layout.dp, 1)
     mesh = Mesh.of(cfg.layout, nproc)
     schedule_of(cfg, mesh.dp)

@@ -2,12 +2,14 @@
 
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from megapre import cli
 from megapre.config import Config, load
 from megapre.data import tokenize, train_tokenizer
 
@@ -49,6 +51,19 @@ def tiny(corpus: Path, tmp_path: Path) -> Callable[..., Config]:
         return load("debug", [*fixed, *fast, *overrides])
 
     return config
+
+
+@pytest.fixture
+def megapre(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs the command line in this process; returns exit code and standard error."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["megapre", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), capfd.readouterr().err
+
+    return run
 
 
 @pytest.fixture(autouse=True)

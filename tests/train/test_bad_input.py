@@ -1,30 +1,15 @@
 """What a user can get wrong: one clear message, exit code 2, nothing left behind."""
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megapre import cli
 from megapre.config import Config, to_toml
 
 Tiny = Callable[..., Config]
 Command = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def megapre(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command line in this process; returns exit code and standard error."""
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["megapre", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return int(end.value.code or 0), capfd.readouterr().err
-
-    return run
 
 
 @pytest.fixture
