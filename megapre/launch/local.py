@@ -12,7 +12,7 @@ from megapre.mesh import Mesh
 from megapre.plan.partition import schedule_of
 from megapre.train import cpu_runtime
 from megapre.train.changes import changes
-from megapre.train.folder import RunFolder, newest_checkpoint
+from megapre.train.folder import RunFolder, concluded, newest_checkpoint
 from megapre.train.moved import refuse_moved
 from megapre.train.settle import settle
 
@@ -43,7 +43,7 @@ def run(
     folder = RunFolder(Path(cfg.run.dir) / cfg.name, resume)
     settled, _ = settle(cfg)
     if resume:
-        changes(folder.path, settled, reorder)
+        changes(folder.path, settled, reorder or concluded(folder.path, cfg.run.steps) > 0)
     options = [*(["--resume"] if resume else []), *(["--reorder-data"] if reorder else [])]
     command = [sys.executable, "-m", "megapre", "train", recipe, *overrides, *options]
     code = launch(command, nproc, folder.path / "logs", grace, environment(nproc, cfg.run.threads))

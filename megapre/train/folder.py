@@ -203,6 +203,17 @@ def newest_checkpoint(run: Path) -> Path | None:
     return max(saved, key=lambda path: int(path.name.removeprefix("step_")), default=None)
 
 
+def concluded(run: Path, steps: int) -> int:
+    """The step at which the run has ended and was summed up, by the names of its checkpoints, if that leaves none of
+    `steps` to do; else 0.
+    """
+    saved, summary = newest_checkpoint(run), run / "summary.json"
+    step = int(saved.name.removeprefix("step_")) if saved else 0
+    if step < steps or not summary.is_file():
+        return 0
+    return step if json.loads(summary.read_text(encoding="utf-8"))["steps"] == step else 0
+
+
 def tokenizer_file(run: Path) -> Path:
     """The tokenizer's copy in a run folder. Raises RunFolderError where there is none."""
     for name in TOKENIZERS:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megapre import checkpoint
 from megapre.data import build_loader
 from megapre.optim.schedules import lr_at
 from megapre.parallel.comm import blaming_others, everybody, first_alone, gathered, join, leave, place, together
@@ -19,9 +20,10 @@ from megapre.parallel.trace import Trace
 from megapre.parallel.tuned import tuned
 
 from . import machine, tracing
+from .changes import changes
 from .end import conclude
 from .evaluate import validate
-from .folder import RunFolder
+from .folder import RunFolder, concluded
 from .memory import measured, total
 from .metrics import Timed
 from .planned import box, plan_of
@@ -35,6 +37,7 @@ from .step import Engine, connected, mesh_of
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
     from megapre.config import Config
     from megapre.data import Loader
@@ -76,6 +79,9 @@ def _run(cfg: Config, resume: bool, here: Place, device: torch.device, reorder: 
         with together(ranks):
             entered.enter_context(folder)
         screen = entered.enter_context(Screen(folder.log, prints=folder.ours))
+        if resume and (step := finished(folder.path, cfg, ranks)):
+            screen.say(f"nothing to do: the run is at step {step} of {cfg.run.steps}; a larger run.steps goes on")
+            return 0
         with together(ranks):  # machines may differ, and none goes on without the others
             plan = plan_of(cfg, device, groups.mesh, here)
         before = machine.peak_memory(device)
@@ -123,6 +129,21 @@ def _run(cfg: Config, resume: bool, here: Place, device: torch.device, reorder: 
             f"stopped by {stopped.name} after step {progress.step}, but that state could not be saved: --resume {last}"
         )
         return 1
+
+
+def finished(run: Path, cfg: Config, ranks: dist.ProcessGroup | None) -> int:
+    """The step at which the run has ended, if `cfg` leaves it nothing to do and its newest checkpoint is whole; else 0.
+    For all ranks to call. Raises ResumeError where `cfg` is of another model.
+    """
+    step = gathered(concluded(run, cfg.run.steps), ranks)[0]  # as the first rank sees it
+    if not step:
+        return 0
+    changes(run, cfg, reorder=True)  # no sample is left whose order could matter
+    try:
+        found = checkpoint.newest_verified(run / "checkpoints", ranks=ranks)
+    except checkpoint.CheckpointError:  # which the restoring tells
+        return 0
+    return step if found is not None and found.facts["step"] == step else 0
 
 
 def keep_diverged(engine: Engine, progress: Progress, saver: Saver, screen: Screen) -> None:

@@ -93,6 +93,8 @@ def test_a_run_that_is_there_is_told_before_anything_starts(launch: "object", tm
         called(launch, *here, "data.seed=7", resume=True)
     launch.assert_not_called()  # type: ignore[attr-defined]
     assert called(launch, *here, resume=True)[2] == tmp_path / "x" / "logs"
+    (tmp_path / "x" / "summary.json").write_text('{"steps": 3}')
+    called(launch, *here, "data.seed=7", "run.steps=3", "optim.warmup_steps=0", resume=True)  # no sample is left
     command, *_ = called(launch, *here, "data.seed=7", resume=True, reorder=True)
     assert command[-2:] == ["--resume", "--reorder-data"]
 

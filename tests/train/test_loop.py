@@ -140,11 +140,26 @@ def test_resume_from_an_older_checkpoint_doubles_no_step(tiny: Tiny, tmp_path: P
     assert "step_00000012/__0_0.distcp" in log and "going on from" in log
 
 
-def test_resume_of_a_finished_run_does_nothing_and_of_a_new_one_begins_it(tiny: Tiny, tmp_path: Path) -> None:
-    assert loop.run(tiny(), resume=True) == 0
-    before = curve(tmp_path / "run")
-    assert loop.run(tiny(), resume=True) == 0
-    assert curve(tmp_path / "run") == before and len(before) == 12
+def test_resume_of_a_finished_run_does_nothing_and_of_a_new_one_begins_it(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert loop.run(tiny("run.steps=2"), resume=True) == 0
+    run = tmp_path / "run"
+
+    def files() -> dict[Path, tuple[int, bytes]]:
+        found = [path for path in run.rglob("*") if path.is_file() and path.parent.name != "logs"]
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in found if path.name != ".lock"}
+
+    before = files()
+    assert {"summary.json", "plan.json", "metrics.jsonl", "loss.png"} <= {path.name for path in before}
+    capsys.readouterr()
+    for changed in ("run.log_every=7", "data.seed=7"):  # of an order, no sample is left
+        assert loop.run(tiny("run.steps=2", changed), resume=True) == 0
+        said = "nothing to do: the run is at step 2 of 2; a larger run.steps goes on\n"
+        assert capsys.readouterr().out == said and files() == before
+    (run / "summary.json").unlink()
+    assert loop.run(tiny("run.steps=2"), resume=True) == 0
+    assert (run / "summary.json").is_file(), "a run that was stopped after its last step is still summed up"
 
 
 def test_resume_with_more_steps_goes_on_and_keeps_the_old_config(tiny: Tiny, tmp_path: Path) -> None:

@@ -148,6 +148,15 @@ def test_a_used_folder_is_refused_on_every_rank(run_on: RunOn, tiny: Tiny, tmp_p
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
 
 
+def test_ranks_leave_a_finished_run_as_it_is(run_on: RunOn, tiny: Tiny, tmp_path: Path) -> None:
+    cfg = tiny("layout.dp=2", "batch.micro=1", "run.steps=2")
+    assert run_on(2, train, cfg) == [0, 0]
+    summary = (tmp_path / "run" / "summary.json").read_bytes()
+    assert run_on(2, train, cfg, True) == [0, 0]
+    assert (tmp_path / "run" / "summary.json").read_bytes() == summary
+    assert "nothing to do: the run is at step 2 of 2" in (tmp_path / "run" / "logs" / "rank0.log").read_text()
+
+
 def without_memory(cfg: Config, rank: int) -> str:
     """What a rank is told where one of them is on a machine without memory."""
     with pytest.MonkeyPatch.context() as patch:

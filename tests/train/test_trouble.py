@@ -300,5 +300,6 @@ def test_a_complete_run_without_metrics_can_be_resumed(
     assert loop.run(tiny("run.steps=2")) == 0
     assert "no loss.png: no font" in capfd.readouterr().out
     (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "summary.json").unlink()
     assert loop.run(tiny("run.steps=2"), resume=True) == 0
     assert "holds no step" in capfd.readouterr().out
