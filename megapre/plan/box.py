@@ -85,7 +85,7 @@ def _flops(plan: Plan) -> str:
         f"{scaled(plan.flops_per_token)}FLOP a token, causal attention counted as {CONVENTION} "
         f"({scaled(plan.flops_per_token_full)}FLOP as full)\n"
         f"{scaled(plan.flops_per_token * plan.cfg.batch.tokens)}FLOP a step, "
-        f"{plan.flops_per_token * plan.tokens:.3g} in all"
+        f"{scaled(plan.flops_per_token * plan.tokens)}FLOP in all"
     )
 
 
@@ -111,7 +111,7 @@ def counted(number: int, thing: str) -> str:
 
 def scaled(value: float) -> str:
     """Four digits and the prefix of a unit: "854.4 M", "3.2 T"."""
-    for power, prefix in enumerate(("", "k", "M", "G", "T", "P")):
+    for power, prefix in enumerate(("", "k", "M", "G", "T", "P", "E", "Z", "Y")):
         if value < 1000 * 1000**power:
             return f"{value / 1000**power:.4g} {prefix}"
     return f"{value:.4g} "

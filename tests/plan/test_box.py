@@ -1,6 +1,7 @@
 """The prediction and the box that shows it."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -69,14 +70,16 @@ def test_what_a_user_looks_for_is_there() -> None:
     ):
         assert part in text
     assert "524,288 tokens a step" in text
+    largest = render(predict(load("llama3-405b"), Mesh(144, tp=8, pp=18), "cuda"))
+    assert re.search(r"\d EFLOP a step, [\d.]+ YFLOP in all", largest) and "e+" not in largest
     assert "8 in a micro-batch x 64 micro-batches x 1 replica " in text
     assert "mesh        1 rank" in text
 
 
-@given(st.floats(1, 1e17))
+@given(st.floats(1, 1e26))
 def test_scaled_keeps_four_digits(value: float) -> None:
     number, _, prefix = scaled(value).partition(" ")
-    factor = 1000.0 ** ("", "k", "M", "G", "T", "P").index(prefix)
+    factor = 1000.0 ** ("", "k", "M", "G", "T", "P", "E", "Z", "Y").index(prefix)
     assert float(number) * factor == pytest.approx(value, rel=6e-4)
 
 
