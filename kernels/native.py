@@ -13,6 +13,40 @@ import torch
 LIBRARY = Path(__file__).parent / "_native" / "libmegapre_ops.so"
 CUDA_LIBRARY = LIBRARY.with_name("libmegapre_cuda.so")
 _VERSION_MARK = b"megapre-built-for-torch="  # csrc/ops.cpp
+OPS = (
+    "layer_norm",
+    "layer_norm_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "gelu",
+    "gelu_backward",
+    "swiglu",
+    "swiglu_backward",
+    "geglu",
+    "geglu_backward",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "cross_entropy_",
+    "cross_entropy_local",
+    "cross_entropy_local_backward_",
+    "attention",
+    "attention_backward_",
+    "linear_",
+    "linear_input_gradient_",
+    "linear_weight_gradient_",
+    "embedding",
+    "embedding_gradient_",
+    "has_products_of",
+    "rope",
+    "rope_",
+    "rope_qkv_backward",
+    "adamw_",
+    "adamw_stochastic_",
+    "grad_norm",
+    "cpu_level",
+)
+"""What csrc/ops.cpp defines: a library without one of them was built from older sources, whose other ops may take other
+arguments."""
 
 
 class NativeError(ValueError):
@@ -54,6 +88,12 @@ def built_for(library: Path) -> str:
     return "" if mark < 0 else content[mark + len(_VERSION_MARK) :].split(b";", 1)[0].decode(errors="replace")
 
 
+def lacking(library: Path) -> list[str]:
+    """Those of OPS whose schema is not among the bytes of `library`."""
+    content = library.read_bytes()
+    return [op for op in OPS if f"{op}(".encode() not in content]
+
+
 @functools.cache
 def _attempt() -> str:
     """Why the library cannot be used; empty when it was loaded."""
@@ -68,6 +108,9 @@ def _attempt() -> str:
     here, there = torch.__version__.split("+")[0], built_for(LIBRARY)
     if here != there:
         return f"{LIBRARY} was built for torch {there or '(unknown)'} and this is torch {here}; build it again"
+    if missing := lacking(LIBRARY):  # before it is loaded: that could not be undone
+        build = "make setup (or pip install --no-build-isolation -e .)"
+        return f"{LIBRARY} was built from older sources: rebuild it with {build}; it has no {', '.join(missing)}"
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:

@@ -1,5 +1,10 @@
 """Whether the native library is used, and what is said when it is not."""
 
+import ast
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +13,8 @@ import pytest
 import torch
 
 from megapre.kernels import native
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -54,7 +61,52 @@ def test_a_missing_library_is_a_reason_or_an_error(
         native.load()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a library", b"megapre-built-for-torch=%s;"])
+def test_the_list_of_ops_is_that_of_the_sources() -> None:
+    source = (ROOT / "csrc" / "ops.cpp").read_text()
+    assert list(native.OPS) == re.findall(r'm\.def\(\s*"(\w+)\(', source)
+
+
+def test_each_op_that_a_library_lacks_is_seen(ops: Any, tmp_path: Path) -> None:
+    content, library = native.LIBRARY.read_bytes(), tmp_path / "libmegapre_ops.so"
+    for op in native.OPS:
+        library.write_bytes(content.replace(f"{op}(".encode(), f"{op[:-1]}?(".encode()))
+        assert native.lacking(library) == [op]
+
+
+STALE = """
+import sys
+from pathlib import Path
+from megapre.kernels import native
+native.LIBRARY = Path(sys.argv[1])
+from megapre import kernels
+from megapre.observe import doctor
+print({row.why_not for row in kernels.table("cpu") if row.implementation == "native"})
+print(dict(doctor.facts(doctor.native)))
+"""
+
+
+def test_a_library_of_older_sources_is_the_reason_of_every_row(ops: Any, tmp_path: Path) -> None:
+    """Nothing of it is loaded, and `megapre doctor` says the same."""
+    library = tmp_path / "libmegapre_ops.so"
+    library.write_bytes(native.LIBRARY.read_bytes().replace(b"has_products_of(", b"has_products_if("))
+    environment = {**os.environ, "MEGAPRE_NATIVE": "auto", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", STALE, str(library)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    reason = (
+        f"{library} was built from older sources: rebuild it with make setup "
+        "(or pip install --no-build-isolation -e .); it has no has_products_of"
+    )
+    rows, facts = map(ast.literal_eval, done.stdout.splitlines())
+    assert rows == {reason}
+    assert facts["native ops"] == f"not used, plain torch instead: {reason}" and "failed" not in facts
+
+
+WHOLE = b"megapre-built-for-torch=%s;" + "".join(f"{op}(" for op in native.OPS).encode()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library", b"megapre-built-for-torch=%s;", WHOLE])
 def test_a_broken_library_is_a_reason(
     untried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
