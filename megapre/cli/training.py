@@ -12,7 +12,7 @@ from .options import DEVICE, OVERRIDES, RECIPE, REORDER, RESUME, RUN, Launcher, 
 @REORDER
 @click.option("--print-config", is_flag=True, help="Print the resolved config as TOML and stop.")
 @click.option("--dry-run", is_flag=True, help="Print mesh, stages, memory and schedule on world=N ranks and stop.")
-@click.option("--gpu", default="", help="What --dry-run plans for.  [default: NVIDIA H100 80GB HBM3]")
+@click.option("--gpu", default="", help="What --dry-run plans for; a part will do.  [default: NVIDIA H100 80GB HBM3]")
 def train(
     recipe: str,
     overrides: tuple[str, ...],

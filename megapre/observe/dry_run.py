@@ -17,9 +17,9 @@ from ..config import Config
 from ..data import with_vocab_of_data
 from ..errors import UserError
 from ..mesh import Mesh
-from ..plan import find, predict, render
+from ..plan import predict, render
 from ..plan.box import gib
-from ..plan.hardware import DEVICES
+from ..plan.hardware import named
 from ..plan.link import Link
 from ..plan.memory import all_ranks
 from ..plan.partition import balanced, costs, layers_of_stages, schedule_of
@@ -32,7 +32,7 @@ GPU, MFU = "NVIDIA H100 80GB HBM3", 0.5
 
 
 class DryRunError(UserError):
-    """A world that is not a number of ranks, or a GPU that nothing is known of."""
+    """A world that is not a number of ranks."""
 
 
 def world_of(overrides: Sequence[str]) -> tuple[int, tuple[str, ...]]:
@@ -45,18 +45,16 @@ def world_of(overrides: Sequence[str]) -> tuple[int, tuple[str, ...]]:
 
 
 def run(cfg: Config, world: int = 0, gpu: str = GPU) -> int:
-    """Prints what `cfg` on `world` ranks would be (0: as few as its layout needs), each a `gpu`. Returns 0.
+    """Prints what `cfg` on `world` ranks would be (0: as few as its layout needs), each a `gpu`, by its
+    name or a part of it. Returns 0.
 
     A vocabulary that is left to the data is read from their sidecar. Raises MeshError, ConfigError, DataError,
-    StageError or ScheduleError for what cannot be.
+    StageError, ScheduleError or UnknownDevice for what cannot be.
     """
     cfg = with_vocab_of_data(cfg)
     layout = cfg.layout
     mesh = Mesh.of(layout, world or layout.model_parallel * max(layout.dp, 1))
-    device = find(gpu)
-    if device is None:
-        known = ", ".join(row.names[0] for row in DEVICES)
-        raise DryRunError(f"no peaks are known of --gpu {gpu!r}; known are {known}")
+    gpu, device = named(gpu)
     rates, sources = Rates(device.bf16 * MFU, device.bandwidth), tuple[str, ...]()
     if layout.comm_profile:
         found = links(layout.comm_profile, gpu, layout, mesh.dp, Link(rates.latency, rates.link), None)

@@ -123,10 +123,9 @@ def compare_recipe(
     """
     from ..data import with_vocab_of_data
     from ..mesh import Mesh
-    from ..plan import find as find_device
     from ..plan import fullest_rank
     from ..plan.communication import of_data
-    from ..plan.hardware import DEVICES
+    from ..plan.hardware import named
     from ..plan.link import Link
     from ..plan.partition import known_vocab
     from ..plan.stages import Rates, stage_costs
@@ -137,10 +136,7 @@ def compare_recipe(
         raise ScheduleError("compare: layout.pp = 1 is no pipeline; set layout.pp, or --ranks")
     cfg = with_vocab_of_data(cfg)
     known_vocab(cfg)  # or every schedule would be refused for it
-    device = find_device(gpu)
-    if device is None:
-        known = ", ".join(row.names[0] for row in DEVICES)
-        raise ScheduleError(f"compare: no peaks are known of --gpu {gpu!r}; known are {known}")
+    gpu, device = named(gpu)
     peak = device.peak("bf16" if cfg.run.dtype == "fp16" else cfg.run.dtype)
     assert peak is not None, "every device has a rate for what a run can be in"
     dp = Mesh(world, layout.tp, layout.pp, layout.cp).dp if world else layout.dp or 1

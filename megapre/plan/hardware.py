@@ -2,10 +2,13 @@
 
 A device is matched by the exact name that its driver reports, because a name that is merely alike is another machine:
 an H100 PCIe has 3/4 of the rate of an SXM one, an "H100 ... MIG 1g.10gb" a seventh, an A10G about half of an A10.
-Unknown devices and CPUs have no row, and their MFU is null.
+Unknown devices and CPUs have no row, and their MFU is null. A user who names a device may give a part of its name.
 """
 
+import difflib
 from dataclasses import dataclass
+
+from ..errors import UserError
 
 T, G = 10**12, 10**9
 
@@ -59,3 +62,28 @@ DEVICES = (
 def find(name: str) -> Device | None:
     """The row of the device whose driver reports `name`, or None: then nothing is claimed about it."""
     return next((device for device in DEVICES if name in device.names), None)
+
+
+class UnknownDevice(UserError):
+    """A name that is no device's in the table, or a part of the names of several."""
+
+
+def named(text: str) -> tuple[str, Device]:
+    """The full name and the row of the device that a user calls `text`: its name, with or without the maker's, or a
+    part that no other has, in any case: "h200", "4090". Raises UnknownDevice.
+    """
+    wanted, rows = text.strip().lower(), {name: device for device in DEVICES for name in device.names}
+    short = {name.removeprefix("NVIDIA ").lower(): name for name in reversed(rows)}
+    if whole := next((name for name in rows if name.lower() == wanted), short.get(wanted)):
+        return whole, rows[whole]
+    found = {device: device.names[0] for device in DEVICES if any(wanted in name.lower() for name in device.names)}
+    if wanted and len(found) == 1:
+        (device,) = found
+        return next(name for name in device.names if wanted in name.lower()), device
+    if wanted and found:
+        raise UnknownDevice(f"--gpu {text!r} may be {', '.join(found.values())}: give more of its name")
+    near = [short[name] for name in difflib.get_close_matches(wanted.removeprefix("nvidia "), short, n=1, cutoff=0.5)]
+    hint = "".join(f"; nearest: {name}" for name in near)
+    raise UnknownDevice(
+        f"no peaks are known of --gpu {text!r}{hint}; known are {', '.join(d.names[0] for d in DEVICES)}"
+    )

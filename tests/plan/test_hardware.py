@@ -3,7 +3,7 @@
 import pytest
 
 from megapre.plan import find
-from megapre.plan.hardware import DEVICES
+from megapre.plan.hardware import DEVICES, UnknownDevice, named
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,34 @@ def test_names_are_unique_and_rates_plausible() -> None:
         assert 70 < device.bf16 / device.bandwidth < 500  # FLOPs a byte: dense, and the units agree
         assert device.peak("fp32") == device.fp32
         assert device.peak("fp8") == device.fp8
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("NVIDIA H200", "NVIDIA H200"),
+        ("H200", "NVIDIA H200"),  # though NVIDIA H200 NVL and NVIDIA GH200 480GB hold it too
+        ("h200 nvl", "NVIDIA H200 NVL"),
+        ("hbm3", "NVIDIA H100 80GB HBM3"),
+        ("h800", "NVIDIA H800"),
+        ("4090", "NVIDIA GeForce RTX 4090"),
+        ("a100-sxm4-80gb", "A100-SXM4-80GB"),
+        *((name, name) for device in DEVICES for name in device.names),
+    ],
+)
+def test_a_part_of_a_name_will_do(text: str, name: str) -> None:
+    assert named(text) == (name, find(name))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("H100", r"'H100' may be NVIDIA H100 80GB HBM3, NVIDIA H100 PCIe, NVIDIA H100 NVL: give more of its name"),
+        ("H200X", r"no peaks are known of --gpu 'H200X'; nearest: NVIDIA H200; known are NVIDIA A100-SXM4-40GB, "),
+        ("abacus", r"'abacus'; known are"),
+        ("", r"''; known are"),
+    ],
+)
+def test_what_is_no_devices_name_is_refused(text: str, said: str) -> None:
+    with pytest.raises(UnknownDevice, match=said):
+        named(text)
