@@ -97,6 +97,8 @@ GPU = (
     Entry("vocab_parallel_linear_cross_entropy", {"T": 4096, "H": 4096, "V": 32064}),
 )
 SETS: dict[str, tuple[Entry, ...]] = {"targets": TARGETS, "gpu": GPU, "gpu-quick": GPU_QUICK}
+OF_GPU = ("gpu", "gpu-quick")
+"""Sets whose sizes and goals mean nothing on a CPU."""
 
 MOST_LOGITS = 1 << 26
 MOST_PARAMETERS = 1 << 25

@@ -52,6 +52,11 @@ def plans(request: Request, device: str) -> list[Plan]:
         _known("mode", mode, modes)
     if request.named_set:
         _known("set", request.named_set, list(sets.SETS))
+        if device == "cpu" and request.named_set in sets.OF_GPU:
+            raise BenchRequestError(
+                f"bench kernels: the set {request.named_set} has sizes and goals of a GPU, and this runs on the cpu; "
+                "the CPU's is --set targets"
+            )
         if request.shapes:
             raise BenchRequestError("bench kernels: --set brings its own shapes; leave out --set or --shape")
         chosen = [entry for entry in sets.SETS[request.named_set] if entry.op in cases.ops()]
