@@ -78,7 +78,7 @@ def _needs_cuda(*ops: str) -> Callable[[str], str]:
 
     def why_not(device: str) -> str:
         if device != "cuda":
-            return "the kernels are CUDA C++"
+            return "the kernels need a CUDA device, and a build with CUDA (nvcc and a CUDA build of torch)"
         loaded, reason = native.cuda_status()
         if not loaded:
             return reason
