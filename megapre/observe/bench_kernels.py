@@ -54,7 +54,7 @@ def run(request: Request, out: str | None = None, write_profile: bool = False) -
     from ..kernels.bench.run import Runner
 
     runner = Runner(device, request.providers, request.repeats, request.cold)
-    console = Console(width=None if sys.stdout.isatty() else bench_report.WIDTH[device])
+    console = Console(width=None if sys.stdout.isatty() else bench_report.WIDTH)
     about = describe(request, device, runner)
     console.print(bench_report.header(about))
     interrupted = False

@@ -58,7 +58,8 @@ COLUMNS = {
         Column("peak MiB", 8, lambda row: f"{row.peak_mib:.0f}"),
     ),
 }
-WIDTH = {"cpu": 118, "cuda": 180}
+WIDTH = 240
+"""Columns where the output is no terminal: every goal has a line, and none of its cells is cut."""
 
 
 def header(about: dict[str, Any]) -> RenderableType:
@@ -115,9 +116,8 @@ def goals(held: list[Held]) -> Iterator[RenderableType]:
     if not held:
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for head, width in (("op", 29), ("shape", 38), ("mode", 8), ("provider", 40), ("goal", 17), ("reached", 17)):
-        table.add_column(head, max_width=width, no_wrap=True)
-    table.add_column("", no_wrap=True)
+    for head in ("op", "shape", "mode", "provider", "goal", "reached", ""):
+        table.add_column(head, overflow="fold")  # on a narrow terminal a cell has several lines, but all of its text
     for of in held:
         table.add_row(*_of_goal(of), style="" if of.met is not False else "red")
     yield Text.assemble(("goals", "bold blue"), f"  {sum(of.met is True for of in held)} of {len(held)} met")

@@ -1,12 +1,14 @@
 """`megapre bench kernels`: a request in words becomes cases, rows become a table, files and a profile."""
 
 import csv
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from megapre.config import load
 from megapre.errors import UserError
 from megapre.kernels import profile
 from megapre.kernels.bench import cases, sets
-from megapre.kernels.bench.row import EVERY, Goal, Row, compare, hold
+from megapre.kernels.bench.row import EVERY, Goal, Held, Row, compare, hold
 from megapre.observe import bench_kernels, bench_report, bench_request
 from megapre.observe.bench_request import Request
 
@@ -119,6 +121,8 @@ def test_the_set_of_targets_has_each_with_its_goal() -> None:
         ({"providers": ("triton",)}, "triton cannot run on cpu: "),
         ({"modes": ("forwards",)}, r"no mode 'forwards' \(did you mean forward\?\)"),
         ({"named_set": "target", "shapes": ()}, r"no set 'target' \(did you mean targets\?\)"),
+        ({"named_set": "gpu-quick", "shapes": ()}, "gpu-quick has sizes and goals of a GPU, .* --set targets"),
+        ({"named_set": "gpu", "shapes": ()}, "the set gpu has sizes and goals of a GPU"),
         ({"named_set": "targets"}, "leave out --set or --shape"),
         ({"ops": ("swiglu",), "policies": True}, "--policies is for rms_norm, layer_norm, "),
         ({"named_set": "targets", "shapes": (), "ops": ("gelu",)}, "has no case of gelu; it has rms_norm"),
@@ -211,7 +215,7 @@ def test_a_gpus_table_has_graphs_memory_errors_and_goals(tmp_path: Path, capsys:
     held = list(hold(rows, {"forward": (Goal(90, "%"), Goal(2, "torch"))}))
     about = {"hardware": "H200", "device": "cuda", "commit": "abc", "date": "today", "cases": 2, "cases_measured": 1}
     report = bench_kernels.Report(about, {"copy": 4300.0, "product bf16": 790.0}, rows, held)
-    console = Console(width=bench_report.WIDTH["cuda"])
+    console = Console(width=bench_report.WIDTH)
     for renderable in bench_report.tables(report):
         console.print(renderable)
     out = capsys.readouterr().out
@@ -235,6 +239,23 @@ def test_a_gpus_table_has_graphs_memory_errors_and_goals(tmp_path: Path, capsys:
     (file,) = tmp_path.glob("*.md")
     assert "| forward | triton * | >= 90 % | 89.3 % | not met |" in file.read_text()
     assert len(list(tmp_path.iterdir())) == 3, "nothing temporary stays"
+
+
+@pytest.mark.parametrize("width", [60, bench_report.WIDTH])
+def test_no_cell_of_a_goal_is_cut(width: int) -> None:
+    sizes = "B=2,S=16384,N=64,K=8,D=128,documents=8,window=4096"
+    cells = ("vocab_parallel_linear_cross_entropy", sizes, "backward", "triton block=4096,warps=16,programs=1056")
+    held = [Held(*cells, False, ">= 0.97x best peer", "0.912x best peer", met) for met in (None, False)]
+    console = Console(width=width, record=True, file=io.StringIO())
+    for renderable in bench_report.goals(held):
+        console.print(renderable)
+    lines = console.export_text().splitlines()
+    wanted = [*cells, held[0].goal, held[0].reached]
+    if width == bench_report.WIDTH:
+        assert sum(all(cell in line for cell in wanted) for line in lines) == 2
+    letters = Counter("".join(lines[1:]).replace(" ", ""))  # of folded cells the lines lie beside each other
+    told = "".join(["op shape mode provider goal reached", *wanted, *wanted, "not measured", "not met"])
+    assert letters == Counter(told.replace(" ", ""))
 
 
 def test_numbers_are_short() -> None:
