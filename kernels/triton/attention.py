@@ -24,16 +24,36 @@ lies, so a group's keys are shared through L2. Heavy tiles start first. Document
 each token, worked out once on the device from cu_seqlens by bisection.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, next_power_of_2
+from .launch import as_heads, ceil_div, next_power_of_2
 from .tiles import Kind, Tiles, measured, within
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NEG_INF = tl.constexpr(float("-inf"))
+
+
+class Shape(NamedTuple):
+    """q [B, queries, q_heads, head_dim], k and v [B, keys, k_heads, head_dim]; group: query heads of a key head."""
+
+    queries: int
+    keys: int
+    q_heads: int
+    k_heads: int
+    group: int
+    head_dim: int
+
+
+class Documents(NamedTuple):
+    """Of each token [B, S] int32: the first key of its document and the one after its last."""
+
+    firsts: Tensor
+    ends: Tensor
 
 
 @triton.jit(do_not_specialize=["documents", "steps"])
@@ -56,46 +76,40 @@ def bounds_kernel(cu_seqlens, firsts, ends, tokens, seq_length, documents, steps
 
 
 @triton.jit
-def keys_of(
-    query, queries, keys, firsts, ends, window,
-    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
+def keys_of(query, batch, shape, documents, window, CAUSAL: tl.constexpr):
     """The interval of keys that `query` (one or many) sees. Queries past the last are taken as the last."""
-    query = tl.minimum(query, queries - 1)
-    at = query + (keys - queries)
+    query = tl.minimum(query, shape.queries - 1)
+    at = query + (shape.keys - shape.queries)
     first = query * 0
-    end = first + keys
+    end = first + shape.keys
     if CAUSAL:
         end = at + 1
-    if WINDOW:
+    if window is not None:
         first = tl.maximum(at - window + 1, 0)
         if not CAUSAL:
             end = tl.minimum(at + window, end)
-    if DOCUMENTS:
-        first = tl.maximum(first, tl.load(firsts + query))
-        end = tl.minimum(end, tl.load(ends + query))
+    if documents is not None:
+        first = tl.maximum(first, tl.load(documents.firsts + batch * shape.keys + query))
+        end = tl.minimum(end, tl.load(documents.ends + batch * shape.keys + query))
     return first, end
 
 
 @triton.jit
-def queries_of(
-    key, queries, keys, firsts, ends, window,
-    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
+def queries_of(key, batch, shape, documents, window, CAUSAL: tl.constexpr):
     """The interval of queries that see `key` (one or many). Keys past the last are taken as the last."""
-    key = tl.minimum(key, keys - 1)
-    at = key - (keys - queries)
+    key = tl.minimum(key, shape.keys - 1)
+    at = key - (shape.keys - shape.queries)
     first = key * 0
-    end = first + queries
+    end = first + shape.queries
     if CAUSAL:
         first = tl.maximum(at, 0)
-    if WINDOW:
+    if window is not None:
         end = tl.minimum(at + window, end)
         if not CAUSAL:
             first = tl.maximum(at - window + 1, 0)
-    if DOCUMENTS:
-        first = tl.maximum(first, tl.load(firsts + key))
-        end = tl.minimum(end, tl.load(ends + key))
+    if documents is not None:
+        first = tl.maximum(first, tl.load(documents.firsts + batch * shape.keys + key))
+        end = tl.minimum(end, tl.load(documents.ends + batch * shape.keys + key))
     return first, end
 
 
@@ -171,44 +185,41 @@ def _forward_tiles(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, o, lse, firsts, ends, queries, keys, q_heads, group, head_dim, window, scale_log2,
-    q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
-    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr, EVEN_D: tl.constexpr,
+    q, k, v, o, lse, shape, documents, window, scale_log2,
+    CAUSAL: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """q, k and v are `Heads`; o is contiguous. The same of the two kernels of the backward."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the last queries see most keys: they start first
-    batch = (tl.program_id(1) // q_heads).to(tl.int64)
-    head = (tl.program_id(1) % q_heads).to(tl.int64)
-    k_base = k + batch * k_stride_b + head // group * k_stride_h
-    v_base = v + batch * v_stride_b + head // group * v_stride_h
-    if DOCUMENTS:
-        firsts += batch * keys
-        ends += batch * keys
+    batch = (tl.program_id(1) // shape.q_heads).to(tl.int64)
+    head = (tl.program_id(1) % shape.q_heads).to(tl.int64)
+    k_base = k.start + batch * k.batch + head // shape.group * k.head
+    v_base = v.start + batch * v.batch + head // shape.group * v.head
     query = start + tl.arange(0, BLOCK_M)
-    first, end = keys_of(query, queries, keys, firsts, ends, window, CAUSAL, DOCUMENTS, WINDOW)
-    fi, ei = keys_of(start, queries, keys, firsts, ends, window, CAUSAL, DOCUMENTS, WINDOW)
-    fl, el = keys_of(start + BLOCK_M - 1, queries, keys, firsts, ends, window, CAUSAL, DOCUMENTS, WINDOW)
+    first, end = keys_of(query, batch, shape, documents, window, CAUSAL)
+    fi, ei = keys_of(start, batch, shape, documents, window, CAUSAL)
+    fl, el = keys_of(start + BLOCK_M - 1, batch, shape, documents, window, CAUSAL)
     a, b, c, before, after = tile_phases(fi, ei, fl, el, BLOCK_N)
-    q_base = q + batch * q_stride_b + head * q_stride_h
-    q_tile = load_tile(q_base, query, queries, q_stride_s, head_dim, True, EVEN_D, BLOCK_D)
+    q_base = q.start + batch * q.batch + head * q.head
+    q_tile = load_tile(q_base, query, shape.queries, q.token, shape.head_dim, True, EVEN_D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], NEG_INF, tl.float32)
     acc, total, top = _forward_tiles(
-        acc, total, top, q_tile, k_base, v_base, first, end, b, b, 0, (c - b) // BLOCK_N, keys, k_stride_s, v_stride_s,
-        head_dim, scale_log2, False, EVEN_D, BLOCK_N, BLOCK_D,
+        acc, total, top, q_tile, k_base, v_base, first, end, b, b, 0, (c - b) // BLOCK_N, shape.keys, k.token, v.token,
+        shape.head_dim, scale_log2, False, EVEN_D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, total, top = _forward_tiles(
-        acc, total, top, q_tile, k_base, v_base, first, end, a, c, before, before + after, keys, k_stride_s, v_stride_s,
-        head_dim, scale_log2, True, EVEN_D, BLOCK_N, BLOCK_D,
+        acc, total, top, q_tile, k_base, v_base, first, end, a, c, before, before + after, shape.keys, k.token,
+        v.token, shape.head_dim, scale_log2, True, EVEN_D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     dim = tl.arange(0, BLOCK_D)
-    at = ((batch * queries + query) * q_heads + head) * head_dim
-    there = (query < queries)[:, None] & (dim < head_dim)[None, :]
+    at = ((batch * shape.queries + query) * shape.q_heads + head) * shape.head_dim
+    there = (query < shape.queries)[:, None] & (dim < shape.head_dim)[None, :]
     tl.store(o + at[:, None] + dim[None, :], acc.to(o.dtype.element_ty), mask=there)
-    at = (batch * q_heads + head) * queries + query
-    tl.store(lse + at, top + tl.log2(total), mask=query < queries)
+    at = (batch * shape.q_heads + head) * shape.queries + query
+    tl.store(lse + at, top + tl.log2(total), mask=query < shape.queries)
 
 
 def policy(head_dim: int, element_size: int, dense: bool) -> tuple[int, int, int, int]:
@@ -228,6 +239,12 @@ def policy(head_dim: int, element_size: int, dense: bool) -> tuple[int, int, int
 def unit_stride(x: Tensor) -> Tensor:
     """x with its head dim adjacent: itself where it is."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def shape_of(q: Tensor, k: Tensor) -> Shape:
+    """What the kernels are told of the sizes of q [B, Sq, N, D] and k [B, Sk, K, D]."""
+    (queries, q_heads, head_dim), (keys, k_heads) = q.shape[1:], k.shape[1:3]
+    return Shape(queries, keys, q_heads, k_heads, q_heads // k_heads, head_dim)
 
 
 def document_bounds(cu_seqlens: Tensor, batch: int, seq_length: int) -> Tensor:
@@ -272,11 +289,10 @@ def forward(
     if q.numel():
         block_m, block_n, warps, stages = policy(head_dim, q.element_size(), bounds is None and window is None)
         block_d = max(next_power_of_2(head_dim), 16)
-        firsts, ends = (lse, lse) if bounds is None else (bounds[0], bounds[1])
         forward_kernel[(ceil_div(queries, block_m), batch * heads)](
-            q, k, v, o, lse, firsts, ends, queries, k.shape[1], heads, heads // k.shape[2], head_dim,
-            window or 0, scale * LOG2E.value, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            CAUSAL=causal, DOCUMENTS=bounds is not None, WINDOW=window is not None, EVEN_D=block_d == head_dim,
+            as_heads(q), as_heads(k), as_heads(v), o, lse, shape_of(q, k),
+            None if bounds is None else Documents(bounds[0], bounds[1]), window, scale * LOG2E.value,
+            CAUSAL=causal, EVEN_D=block_d == head_dim,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return o, lse

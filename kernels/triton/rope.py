@@ -16,21 +16,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, next_power_of_2
+from .launch import as_heads, ceil_div, next_power_of_2
 
 
 @triton.jit
 def _rotate(
-    x, out, heads, half, token, source, stride_h, there, cos, sin,
-    IN_PLACE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    x, out, heads, half, token, batch, place, there, cos, sin,
+    INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rotates the tile [BLOCK_T, BLOCK_H, 2 * BLOCK_D] of tokens at `source`; cos, sin [BLOCK_T, 1, BLOCK_D]."""
+    """Rotates the tile [BLOCK_T, BLOCK_H, 2 * BLOCK_D] of tokens at `place` in `batch`, in place where `out` is None; x
+    is `Heads`; cos, sin [BLOCK_T, 1, BLOCK_D]."""
     head = tl.arange(0, BLOCK_H)
     inside = there[:, None, None] & (head < heads)[None, :, None]
-    read = source[:, None, None] + head[None, :, None] * stride_h
-    write = read
-    if not IN_PLACE:
+    source = batch * x.batch + place * x.token
+    read = source[:, None, None] + head[None, :, None] * x.head
+    x, write = x.start, read
+    if out is None:
+        out = x
+    else:
         write = (token[:, None, None] * heads + head[None, :, None]) * (2 * half)
     if INTERLEAVED:
         dim = tl.arange(0, 2 * BLOCK_D)[None, None, :]
@@ -51,8 +55,7 @@ def _rotate(
 @triton.jit
 def rope_kernel(
     q, k, q_out, k_out, cos, sin, positions, tokens, seq_length, table_rows, half, q_heads, k_heads,
-    q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
-    POSITIONS: tl.constexpr, BACKWARD: tl.constexpr, IN_PLACE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BACKWARD: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -60,7 +63,7 @@ def rope_kernel(
     batch = (token // seq_length).to(tl.int64)
     place = (token % seq_length).to(tl.int64)
     position = place
-    if POSITIONS:
+    if positions is not None:
         position = tl.load(positions + token, mask=there, other=0).to(tl.int64)
     dim = tl.arange(0, BLOCK_D)[None, None, :]
     at = position[:, None, None] * half + dim
@@ -70,16 +73,8 @@ def rope_kernel(
     if BACKWARD:
         s = -s
     token = token.to(tl.int64)
-    q_source = batch * q_stride_b + place * q_stride_s
-    k_source = batch * k_stride_b + place * k_stride_s
-    _rotate(
-        q, q_out, q_heads, half, token, q_source, q_stride_h, there, c, s,
-        IN_PLACE, INTERLEAVED, BLOCK_T, BLOCK_Q, BLOCK_D,
-    )  # fmt: skip
-    _rotate(
-        k, k_out, k_heads, half, token, k_source, k_stride_h, there, c, s,
-        IN_PLACE, INTERLEAVED, BLOCK_T, BLOCK_K, BLOCK_D,
-    )  # fmt: skip
+    _rotate(q, q_out, q_heads, half, token, batch, place, there, c, s, INTERLEAVED, BLOCK_T, BLOCK_Q, BLOCK_D)
+    _rotate(k, k_out, k_heads, half, token, batch, place, there, c, s, INTERLEAVED, BLOCK_T, BLOCK_K, BLOCK_D)
 
 
 def policy(q_heads: int, k_heads: int, half: int) -> tuple[int, int, int, int, int]:
@@ -120,11 +115,10 @@ def rotate(
     if q.numel() or k.numel():
         tile, block_q, block_k, block_d, warps = policy(q_heads, k_heads, head_dim // 2)
         rope_kernel[(ceil_div(batch * seq_length, tile),)](
-            q, k, q_out, k_out, cos.contiguous(), sin.contiguous(),
-            cos if positions is None else positions.contiguous(),
+            as_heads(q), as_heads(k), None if in_place else q_out, None if in_place else k_out,
+            cos.contiguous(), sin.contiguous(), None if positions is None else positions.contiguous(),
             batch * seq_length, seq_length, cos.shape[0], head_dim // 2, q_heads, k_heads,
-            *q.stride()[:3], *k.stride()[:3],
-            POSITIONS=positions is not None, BACKWARD=backward, IN_PLACE=in_place, INTERLEAVED=interleaved,
+            BACKWARD=backward, INTERLEAVED=interleaved,
             BLOCK_T=tile, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
     return q_out, k_out
