@@ -4,7 +4,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from .flops import CONVENTION
-from .memory import Memory
 from .params import Parameters
 from .prediction import Plan
 
@@ -25,7 +24,7 @@ def render(plan: Plan, extras: Mapping[str, str] | None = None) -> str:
         ("batch", _batch(plan)),
         ("steps", _steps(plan)),
         ("FLOPs", _flops(plan)),
-        ("memory", _memory(plan.memory, plan.mesh.world)),
+        ("memory", _memory(plan)),
         ("device", _device(plan)),
         ("mesh", str(plan.mesh)),
         *(extras or {}).items(),
@@ -89,11 +88,18 @@ def _flops(plan: Plan) -> str:
     )
 
 
-def _memory(memory: Memory, world: int) -> str:
+def _memory(plan: Plan) -> str:
+    memory = plan.memory
     parts = [f"{name} {gib(size)}" for name, size in memory.as_json().items() if name != "total" and size]
-    rank = "on the fullest rank, " if world > 1 else ""
-    return f"{gib(memory.total)} {rank}beside the process itself\n" + ", ".join(
+    rank = "on the fullest rank, " if plan.mesh.world > 1 else ""
+    text = f"{gib(memory.total)} {rank}beside the process itself\n" + ", ".join(
         part.replace(" ", NO_BREAK) for part in parts
+    )
+    if plan.room is None or memory.total <= plan.room:
+        return text
+    return (
+        f"{text}\nDOES NOT FIT: {gib(memory.total)} of {gib(plan.room)} on {plan.device}. Ways out: more ranks a model "
+        f"(layout.tp, layout.pp), layout.recompute, a smaller batch.micro, a device with more memory"
     )
 
 

@@ -15,13 +15,16 @@ T, G = 10**12, 10**9
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks of one device: FLOP/s by dtype (accumulation in fp32; fp32 without TF32; None = has none), bytes/s."""
+    """Peaks of one device: FLOP/s by dtype (accumulation in fp32; fp32 without TF32; None = has none), bytes/s; and
+    GiB of memory by its maker, who writes them as GB. A driver shows 0.4 to 6% less, and by that a run goes.
+    """
 
     names: tuple[str, ...]
     bf16: float
     fp32: float
     fp8: float | None
     bandwidth: float
+    memory: int
     source: str
 
     def peak(self, dtype: str) -> float | None:
@@ -37,25 +40,27 @@ ADA = "NVIDIA Ada GPU architecture whitepaper (2023), appendix A, fp32 accumulat
 AMPERE = "NVIDIA Ampere GA102 GPU architecture whitepaper (2021), appendix A, fp32 accumulation, dense"
 
 DEVICES = (
-    Device(("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"), 312 * T, 19.5 * T, None, 1555 * G, A100),
-    Device(("NVIDIA A100-PCIE-40GB", "A100-PCIE-40GB"), 312 * T, 19.5 * T, None, 1555 * G, A100),
-    Device(("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), 312 * T, 19.5 * T, None, 2039 * G, A100),
-    Device(("NVIDIA A100 80GB PCIe",), 312 * T, 19.5 * T, None, 1935 * G, A100),
-    Device(("NVIDIA H100 80GB HBM3", "NVIDIA H800"), 989.4 * T, 66.9 * T, 1978.9 * T, 3352 * G, H100),
-    Device(("NVIDIA H100 PCIe",), 756 * T, 51.2 * T, 1513 * T, 2039 * G, H100),
-    Device(("NVIDIA H100 NVL",), 835.5 * T, 60 * T, 1671 * T, 3938 * G, H100),
-    Device(("NVIDIA GH200 480GB",), 989.4 * T, 66.9 * T, 1978.9 * T, 4023 * G, "NVIDIA GH200 datasheet (2023), 96 GB"),
-    Device(("NVIDIA H200",), 989.4 * T, 66.9 * T, 1978.9 * T, 4800 * G, H200),
-    Device(("NVIDIA H200 NVL",), 835.5 * T, 60 * T, 1671 * T, 4800 * G, H200),
-    Device(("NVIDIA B200",), 2250 * T, 75 * T, 4500 * T, 8000 * G, BLACKWELL),
-    Device(("NVIDIA GB200",), 2500 * T, 80 * T, 5000 * T, 8000 * G, BLACKWELL),
-    Device(("NVIDIA L4",), 121 * T, 30.3 * T, 242.5 * T, 300 * G, "NVIDIA L4 datasheet (2023), halved"),
-    Device(("NVIDIA L40S",), 362 * T, 91.6 * T, 733 * T, 864 * G, "NVIDIA L40S datasheet (2023), dense"),
-    Device(("NVIDIA A10",), 125 * T, 31.2 * T, None, 600 * G, "NVIDIA A10 datasheet (2021), dense"),
-    Device(("NVIDIA A40",), 149.7 * T, 37.4 * T, None, 696 * G, "NVIDIA A40 datasheet (2021), dense"),
-    Device(("NVIDIA RTX A6000",), 154.8 * T, 38.7 * T, None, 768 * G, AMPERE),
-    Device(("NVIDIA GeForce RTX 3090",), 71 * T, 35.6 * T, None, 936 * G, AMPERE),
-    Device(("NVIDIA GeForce RTX 4090",), 165.2 * T, 82.6 * T, 330.3 * T, 1008 * G, ADA),
+    Device(("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"), 312 * T, 19.5 * T, None, 1555 * G, 40, A100),
+    Device(("NVIDIA A100-PCIE-40GB", "A100-PCIE-40GB"), 312 * T, 19.5 * T, None, 1555 * G, 40, A100),
+    Device(("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), 312 * T, 19.5 * T, None, 2039 * G, 80, A100),
+    Device(("NVIDIA A100 80GB PCIe",), 312 * T, 19.5 * T, None, 1935 * G, 80, A100),
+    Device(("NVIDIA H100 80GB HBM3", "NVIDIA H800"), 989.4 * T, 66.9 * T, 1978.9 * T, 3352 * G, 80, H100),
+    Device(("NVIDIA H100 PCIe",), 756 * T, 51.2 * T, 1513 * T, 2039 * G, 80, H100),
+    Device(("NVIDIA H100 NVL",), 835.5 * T, 60 * T, 1671 * T, 3938 * G, 94, H100),
+    Device(
+        ("NVIDIA GH200 480GB",), 989.4 * T, 66.9 * T, 1978.9 * T, 4023 * G, 96, "NVIDIA GH200 datasheet (2023), 96 GB"
+    ),
+    Device(("NVIDIA H200",), 989.4 * T, 66.9 * T, 1978.9 * T, 4800 * G, 141, H200),
+    Device(("NVIDIA H200 NVL",), 835.5 * T, 60 * T, 1671 * T, 4800 * G, 141, H200),
+    Device(("NVIDIA B200",), 2250 * T, 75 * T, 4500 * T, 8000 * G, 180, BLACKWELL),
+    Device(("NVIDIA GB200",), 2500 * T, 80 * T, 5000 * T, 8000 * G, 186, BLACKWELL),
+    Device(("NVIDIA L4",), 121 * T, 30.3 * T, 242.5 * T, 300 * G, 24, "NVIDIA L4 datasheet (2023), halved"),
+    Device(("NVIDIA L40S",), 362 * T, 91.6 * T, 733 * T, 864 * G, 48, "NVIDIA L40S datasheet (2023), dense"),
+    Device(("NVIDIA A10",), 125 * T, 31.2 * T, None, 600 * G, 24, "NVIDIA A10 datasheet (2021), dense"),
+    Device(("NVIDIA A40",), 149.7 * T, 37.4 * T, None, 696 * G, 48, "NVIDIA A40 datasheet (2021), dense"),
+    Device(("NVIDIA RTX A6000",), 154.8 * T, 38.7 * T, None, 768 * G, 48, AMPERE),
+    Device(("NVIDIA GeForce RTX 3090",), 71 * T, 35.6 * T, None, 936 * G, 24, AMPERE),
+    Device(("NVIDIA GeForce RTX 4090",), 165.2 * T, 82.6 * T, 330.3 * T, 1008 * G, 24, ADA),
 )
 
 

@@ -29,6 +29,8 @@ class Plan:
     flops_per_token_full: int
     memory: memory.Memory
     peak: float | None
+    room: int | None
+    """Bytes of memory that one device has, None where that is not known."""
 
     @property
     def tokens(self) -> int:
@@ -58,6 +60,7 @@ class Plan:
             "memory_bytes": self.memory.as_json(),
             "device": self.device,
             "peak_flops_per_s": self.peak,
+            "device_memory_bytes": self.room,
         }
 
 
@@ -77,4 +80,5 @@ def predict(cfg: Config, mesh: Grid, device: str = "cpu", name: str = "", fused_
         flops_per_token_full=flops.per_token(cfg.model, cfg.batch.seq_length, "full"),
         memory=memory.fullest_rank(cfg, mesh.dp, device, fused_loss),
         peak=found.peak(cfg.run.dtype) if found else None,
+        room=found.memory * 2**30 if found else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megapre import kernels, plan
@@ -47,7 +48,7 @@ def plan_of(cfg: Config, device: torch.device, mesh: Mesh, here: Place) -> plan.
             f"model: {sum(found.parameters):,} parameters take {bytes_text(needed)} for weights, gradients, master "
             f"weights and moments {where}, but {found.device} has {bytes_text(room)}; choose a smaller model{more}"
         )
-    return found
+    return found if device.type == "cpu" and len(sharers) > 1 else replace(found, room=room)
 
 
 def box(found: plan.Plan, used: dict[str, str], run_folder: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from megapre.config import ConfigError, load, recipe_names
 from megapre.mesh import Mesh
-from megapre.plan import fullest_rank, per_token, predict, render
+from megapre.plan import Plan, fullest_rank, per_token, predict, render
 from megapre.plan.box import counted, gib, scaled
 from megapre.plan.hardware import DEVICES
 from megapre.train import planned
@@ -74,6 +75,21 @@ def test_what_a_user_looks_for_is_there() -> None:
     assert re.search(r"\d EFLOP a step, [\d.]+ YFLOP in all", largest) and "e+" not in largest
     assert "8 in a micro-batch x 64 micro-batches x 1 replica " in text
     assert "mesh        1 rank" in text
+
+
+def test_what_does_not_fit_is_told_in_numbers() -> None:
+    cfg, mesh = load("llama3-405b", ["layout.tp=8", "layout.pp=2"]), Mesh(16, tp=8, pp=2)
+
+    def words(plan: Plan) -> str:
+        return " ".join(render(plan).replace("│", " ").split())
+
+    plan = predict(cfg, mesh, "cuda", "NVIDIA H100 80GB HBM3")
+    assert plan.as_json()["device_memory_bytes"] == plan.room == 80 * 2**30
+    told = f"DOES NOT FIT: {gib(plan.memory.total)} of 80 GiB on NVIDIA H100 80GB HBM3. Ways out: more ranks"
+    assert plan.memory.total > 400 * 2**30 and told in words(plan)
+    for room in (plan.memory.total, None):
+        assert "FIT" not in words(replace(plan, room=room))
+    assert "DOES NOT FIT" in words(replace(plan, room=plan.memory.total - 1))
 
 
 @given(st.floats(1, 1e26))

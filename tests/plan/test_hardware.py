@@ -1,5 +1,7 @@
 """The table of peaks: consistent in itself, and silent about what it does not know."""
 
+import re
+
 import pytest
 
 from megapre.plan import find
@@ -47,6 +49,9 @@ def test_names_are_unique_and_rates_plausible() -> None:
         assert device.fp32 < device.bf16
         assert device.fp8 is None or device.fp8 == pytest.approx(2 * device.bf16, rel=0.015)  # rounding in datasheets
         assert 70 < device.bf16 / device.bandwidth < 500  # FLOPs a byte: dense, and the units agree
+        size = re.search(r"(\d+)GB( PCIe| HBM3)?$", device.names[0])  # but of a GH200 that is the CPU's
+        assert size is None or "GH200" in device.names[0] or device.memory == int(size[1])
+        assert 24 <= device.memory < 200
         assert device.peak("fp32") == device.fp32
         assert device.peak("fp8") == device.fp8
 
