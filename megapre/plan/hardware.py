@@ -16,7 +16,7 @@ T, G = 10**12, 10**9
 @dataclass(frozen=True)
 class Device:
     """Peaks of one device: FLOP/s by dtype (accumulation in fp32; fp32 without TF32; None = has none), bytes/s; and
-    GiB of memory by its maker, who writes them as GB. A driver shows 0.4 to 6% less, and by that a run goes.
+    GiB of memory as its maker names it (written as GB). A run goes by what the driver shows, which is a little less.
     """
 
     names: tuple[str, ...]

@@ -6,6 +6,7 @@ import torch
 from megapre.config import load
 from megapre.mesh import Mesh
 from megapre.parallel.comm import Place
+from megapre.plan import render
 from megapre.plan.memory import all_ranks
 from megapre.train import machine
 from megapre.train.planned import TooLarge, others, plan_of
@@ -40,6 +41,16 @@ def test_one_rank_is_told_without_a_word_on_ranks(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(machine, "memory_size", lambda _: 1000)
     with pytest.raises(TooLarge, match=r"moments alone, but .* has 1.0K; choose a smaller model$"):
         plan_of(load("debug", ["model.vocab=300"]), torch.device("cpu"), Mesh(1), Place())
+
+
+def test_the_plan_of_a_run_knows_the_room_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, cpu = load("debug", ["model.vocab=300"]), torch.device("cpu")
+    states = all_ranks(cfg, 1)[0].states
+    monkeypatch.setattr(machine, "memory_size", lambda _: states)
+    alone = plan_of(cfg, cpu, Mesh(1), Place())
+    assert alone.room == states < alone.memory.total and "DOES NOT FIT" in render(alone)
+    monkeypatch.setattr(machine, "memory_size", lambda _: 4 * states)
+    assert plan_of(cfg, cpu, Mesh(2), Place(0, 2, 0, 2)).room is None, "which two ranks share"
 
 
 def test_the_box_leaves_out_what_the_model_has_not() -> None:
