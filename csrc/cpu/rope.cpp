@@ -133,6 +133,9 @@ void run(
   for (const RopePart& p : parts) {
     heads += p.heads;
   }
+  if (heads * x.size(3) == 0) {  // a tensor without elements has no address, not even to copy nothing from
+    return;
+  }
   const RopeKernels& kernels = MEGAPRE_CHOOSE(rope_kernels);
   at::parallel_for(0, x.size(0) * x.size(1), grain(heads * x.size(3)), [&](int64_t begin, int64_t end) {
     kernels.rotate(op, begin, end);
