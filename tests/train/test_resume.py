@@ -89,7 +89,7 @@ def test_bounds_of_stages_are_part_of_the_order(tiny: Tiny, corpus: Path, tmp_pa
     assert loop.run(tiny("run.steps=2", *stages(per_step, 2 * per_step))) == 0
     assert loop.run(tiny("run.steps=3", *stages(per_step, 0)), resume=True) == 0
     with pytest.raises(ResumeError, match=rf"data\.stages 2 from \[0, {per_step}\] tokens on -> 2 from \[0, "):
-        loop.run(tiny("run.steps=3", *stages(2 * per_step, 0)), resume=True)
+        loop.run(tiny("run.steps=4", *stages(2 * per_step, 0)), resume=True)
 
 
 def test_a_run_without_a_checkpoint_may_still_change_its_order(tiny: Tiny, tmp_path: Path) -> None:
